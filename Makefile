@@ -1,0 +1,48 @@
+# Every target installs what it needs into $(VENV) first; a second call finds it there.
+# Another Python: make test PYTHON=python3.13 VENV=.venv-3.13
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+TORCH_FLOOR := $(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: help demo test lint docs floor clean
+
+help:
+	@echo "make demo    train the glaucoma network on synthetic pictures, minutes on two cores"
+	@echo "make test    run all tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make docs    build the documentation into docs/_build/html"
+	@echo "make floor   run the package's tests on the oldest torch supported ($(TORCH_FLOOR))"
+	@echo "make clean   remove environments, caches and build products"
+
+demo: $(VENV)/.refuge
+	$(BIN)/python examples/refuge/train.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.dev
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+floor: $(VENV)-floor/.installed
+	$(VENV)-floor/bin/python -m pytest -n auto --ignore tests/refuge
+
+$(VENV)/.%: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[$*]"
+	touch $@
+
+$(VENV)-floor/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip install "torch==$(TORCH_FLOOR).*" -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-floor .ci/env .ci/dist dist docs/_build
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
