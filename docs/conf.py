@@ -1,0 +1,58 @@
+"""Sphinx configuration: `make docs` builds with warnings as errors and without the network."""
+
+import inspect
+from typing import Any
+
+import mtlopt
+
+project = "mtlopt"
+author = "The mtlopt authors"
+project_copyright = "2026, The mtlopt authors"
+version = release = mtlopt.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"mtlopt {release}"
+html_static_path = ["_static"]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+nitpicky = True
+nitpick_ignore_regex = [
+    # Other projects' names would need their inventories, and so the network.
+    ("py:.*", r"(torch|torchjd|matplotlib|collections|typing)\..*"),
+]
+
+
+def require_every_public_name(app: Any, env: Any) -> None:
+    """Fails the build where a public class or function is missing from the reference.
+
+    Autodoc leaves out what has no docstring without a word.
+    """
+    documented = env.get_domain("py").objects
+    for name in mtlopt.__all__:
+        value = getattr(mtlopt, name)
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        if f"mtlopt.{name}" not in documented:
+            raise RuntimeError(f"mtlopt.{name} is missing from the reference")
+
+
+def setup(app: Any) -> None:
+    """Registers the check of completeness."""
+    app.connect("env-check-consistency", require_every_public_name)
