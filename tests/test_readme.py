@@ -1,0 +1,143 @@
+"""What the README and the documentation show runs, and says what they say it prints."""
+
+import copy
+import doctest
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mtlopt
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Returns the fenced blocks of a page in one language."""
+    text = page.read_text(encoding="utf-8")
+    return [block for name, block in FENCE.findall(text) if name == language]
+
+
+def variant(diff: str, sign: str) -> str:
+    """Returns the program before (`-`) or after (`+`) a diff."""
+    return "".join(
+        line[1:] if line.strip() else line
+        for line in diff.splitlines(keepends=True)
+        if line[:1] in {sign, " ", "\n"}
+    )
+
+
+class Model(torch.nn.Module):
+    """Stands in for the reader's network: a trunk and a head per task."""
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        super().__init__()
+        self.trunk = torch.nn.Linear(3, 4)
+        self.heads = torch.nn.ModuleDict({task: torch.nn.Linear(4, 1) for task in tasks})
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.trunk(images).relu()
+        return {task: head(features) for task, head in self.heads.items()}
+
+
+def surroundings() -> dict[str, Any]:
+    """Returns what the diff takes as given."""
+    tasks = ("disc", "cup")
+    images = torch.randn(5, 8, 3)
+    return {
+        "tasks": tasks,
+        "model": Model(tasks),
+        "criterion": dict.fromkeys(tasks, torch.nn.functional.mse_loss),
+        "loader": [(batch, {task: batch.sum(1, keepdim=True) for task in tasks}) for batch in images],
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
+    names: dict[str, Any] = {"__name__": page.stem}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for block in blocks(page, "python"):
+        if block.lstrip().startswith(">>>"):
+            test = doctest.DocTestParser().get_doctest(block, names, page.name, str(page), 0)
+            assert runner.run(test, clear_globs=False).failed == 0
+            names.update(test.globs)  # the doctest works on a copy
+        else:
+            exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("sign", ["-", "+"])
+def test_the_loop_trains_before_and_after_the_diff(sign: str) -> None:
+    (diff,) = blocks(README, "diff")
+    names = surroundings()
+    before = [parameter.clone() for parameter in names["model"].parameters()]
+    exec(compile(variant(diff, sign), str(README), "exec"), names)
+    after = list(names["model"].parameters())
+    assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert isinstance(names["optimizer"], torch.optim.Optimizer)
+    assert isinstance(names["optimizer"], mtlopt.MultiTaskOptimizer) == (sign == "+")
+
+
+def test_both_sides_of_the_diff_minimise_the_same_sum() -> None:
+    """The reader changes the method and nothing else."""
+    (diff,) = blocks(README, "diff")
+    before = surroundings()
+    before["loader"] = before["loader"][:1]
+    after = dict(before, model=copy.deepcopy(before["model"]), loader=[])
+    exec(compile(variant(diff, "-"), str(README), "exec"), before)
+    exec(compile(variant(diff, "+"), str(README), "exec"), after)
+    values = after["losses"](before["tasks"], *before["loader"][0])
+    assert torch.equal(sum(values.values()), before["loss"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_only_what_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    names = set(re.findall(r"\bmtlopt\.([A-Za-z]\w*)", text))
+    assert all(hasattr(mtlopt, name) for name in names), names
+
+
+def test_the_table_lists_every_method() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    methods = {
+        name
+        for name in mtlopt.__all__
+        if isinstance(getattr(mtlopt, name), type)
+        and issubclass(getattr(mtlopt, name), mtlopt.MultiTaskOptimizer)
+    }
+    assert set(rows) == methods - {"MultiTaskOptimizer"}
+
+
+def commands(*, with_make: bool) -> Iterator[str]:
+    """Yields the command lines of the section on the demo and the tests."""
+    section = README.read_text(encoding="utf-8").split("## Demo and tests")[1].split("\n## ")[0]
+    for name, block in FENCE.findall(section):
+        for line in block.splitlines():
+            command = line.split("#")[0].strip()
+            if name == "bash" and command and command.startswith("make ") == with_make:
+                yield command
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_runs_the_commands_shown_beside_it(tmp_path: Path) -> None:
+    """As on a fresh machine: in a copy, where no environment is marked as complete."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    run: list[str] = []
+    for command in commands(with_make=True):
+        printed = subprocess.run(
+            [*command.split(), "--dry-run", "--no-print-directory"],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        run += [line for line in printed.splitlines() if not line.startswith("touch ")]
+    assert set(run) == set(commands(with_make=False))
