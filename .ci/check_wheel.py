@@ -5,9 +5,8 @@ import importlib.resources
 import importlib.util
 import sys
 
-import torch
-
 import mtlopt
+import torch
 
 assert "site-packages" in mtlopt.__file__, mtlopt.__file__
 assert importlib.metadata.version("mtlopt") == mtlopt.__version__
@@ -22,4 +21,6 @@ values = optimizer.step(lambda tasks: {task: weight.square().sum() for task in t
 # Twice w <- w - 0.25 * 2w: 1 -> 0.5 -> 0.25; the losses are 2 and then 0.5.
 assert torch.equal(weight, torch.full((2,), 0.25)), weight
 assert {task: value.item() for task, value in values.items()} == {"a": 2.0, "b": 0.5}, values
-print(f"mtlopt {mtlopt.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}: ok")
+print(
+    f"mtlopt {mtlopt.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}: ok"
+)

@@ -26,6 +26,7 @@ html_static_path = ["_static"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
+autodoc_inherit_docstrings = False  # torch's refer to names that torch's own pages define
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

@@ -1,15 +1,13 @@
 """The modules import one another in one direction, and nothing but torch from outside."""
 
 import ast
-import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import mtlopt
+import pytest
 
 PACKAGE = Path(mtlopt.__file__).parent
 
@@ -118,7 +116,3 @@ def test_the_package_exports_names_from_its_modules_alone() -> None:
 def test_a_module_is_short_enough_to_say_one_thing(module: str) -> None:
     lines = (PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 300
-
-
-def test_the_installed_version_is_the_written_one() -> None:
-    assert importlib.metadata.version("mtlopt") == mtlopt.__version__

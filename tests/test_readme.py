@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mtlopt
 import pytest
 import torch
-
-import mtlopt
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -56,7 +55,9 @@ def surroundings() -> dict[str, Any]:
         "tasks": tasks,
         "model": Model(tasks),
         "criterion": dict.fromkeys(tasks, torch.nn.functional.mse_loss),
-        "loader": [(batch, {task: batch.sum(1, keepdim=True) for task in tasks}) for batch in images],
+        "loader": [
+            (batch, {task: batch.sum(1, keepdim=True) for task in tasks}) for batch in images
+        ],
     }
 
 
