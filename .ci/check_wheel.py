@@ -5,8 +5,9 @@ import importlib.resources
 import importlib.util
 import sys
 
-import mtlopt
 import torch
+
+import mtlopt
 
 assert "site-packages" in mtlopt.__file__, mtlopt.__file__
 assert importlib.metadata.version("mtlopt") == mtlopt.__version__

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import mtlopt
 import pytest
+
+import mtlopt
 
 PACKAGE = Path(mtlopt.__file__).parent
 

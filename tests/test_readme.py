@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mtlopt
 import pytest
 import torch
+
+import mtlopt
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
