@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import os
 import re
 import shutil
 import subprocess
@@ -129,7 +130,12 @@ def commands(*, with_make: bool) -> Iterator[str]:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_runs_the_commands_shown_beside_it(tmp_path: Path) -> None:
-    """As on a fresh machine: in a copy, where no environment is marked as complete."""
+    """As on a fresh machine: in a copy, where no environment is marked as complete.
+
+    `make test VENV=...` hands its variables down to this test, which asks for the defaults.
+    """
+    inherited = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "PYTHON", "VENV"}
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     run: list[str] = []
@@ -137,6 +143,7 @@ def test_make_runs_the_commands_shown_beside_it(tmp_path: Path) -> None:
         printed = subprocess.run(
             [*command.split(), "--dry-run", "--no-print-directory"],
             cwd=tmp_path,
+            env=environment,
             check=True,
             capture_output=True,
             text=True,
