@@ -1,0 +1,250 @@
+"""Phantoms: synthetic fundus photographs, drawn from a seed.
+
+They stand in for REFUGE, which nobody may ship. Lengths are in radii of the field of view,
+whose centre is the origin; x runs to the right and y down, as in the picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from network import TASKS
+from records import Record
+from vessels import draw_vessels
+
+Array = NDArray[np.float64]
+
+FIELD = 0.965  # radius of the field of view, in half sides of the picture
+POSITIVES = 0.4
+COUNTS = {"train": 240, "val": 60, "test": 100}
+
+
+@dataclass(frozen=True)
+class Eye:
+    """What there is to know about one synthetic eye, before it is drawn.
+
+    Attributes:
+        seed: Seed of everything about the picture that carries no label.
+        glaucoma: The label.
+        temporal: +1 where the macula lies to the right of the disc, otherwise -1.
+        disc: Centre of the optic disc.
+        radii: Half width and half height of the disc.
+        fovea: Centre of the macula.
+        vcdr: Height of the cup over that of the disc, before the notch.
+        notch: Angle of the rim notch, in radians from the temporal side; None for a whole rim.
+        defect: Angle of the nerve-fibre-layer defect; None for a whole layer.
+    """
+
+    seed: int
+    glaucoma: bool
+    temporal: int
+    disc: tuple[float, float]
+    radii: tuple[float, float]
+    fovea: tuple[float, float]
+    vcdr: float
+    notch: float | None
+    defect: float | None
+
+
+def phantom_records(size: int, counts: dict[str, int] = COUNTS) -> dict[str, list[Record]]:
+    """Lists the phantoms of each split, always the same ones.
+
+    Args:
+        size: Side of the pictures in pixels.
+        counts: How many each split has; a longer split starts with the shorter one's pictures.
+    """
+    return {
+        split: [_phantom(f"{split}{i:04}.png", 100_000 * part + i, size) for i in range(count)]
+        for part, (split, count) in enumerate(counts.items())
+    }
+
+
+def _phantom(name: str, seed: int, size: int) -> Record:
+    eye = draw_eye(seed)
+    fovea = to_pixels(eye.fovea, size)
+    return Record(
+        name, frozenset(TASKS), int(eye.glaucoma), fovea, partial(draw_phantom, eye, size)
+    )
+
+
+def draw_eye(seed: int) -> Eye:
+    """Draws an eye: where things are, and the signs of glaucoma.
+
+    The cup of a glaucomatous eye is wider, but the classes overlap (0.60 and 0.43, both with a
+    standard deviation of 0.09). A notch of the rim and a defect of the nerve-fibre layer, which
+    mostly come with glaucoma, carry the rest of the label.
+    """
+    rng = np.random.default_rng(seed)
+    glaucoma = bool(rng.random() < POSITIVES)
+    temporal = 1 if rng.random() < 0.5 else -1
+    height = rng.uniform(0.165, 0.205)
+    distance = 2.5 * 2 * height * rng.uniform(0.94, 1.06)
+    tilt = np.deg2rad(rng.normal(7, 3))
+    middle = rng.normal((0.0, 0.0), (0.05, 0.04))
+    run, drop = distance * np.cos(tilt), distance * np.sin(tilt)
+    vcdr = float(np.clip(rng.normal(0.60 if glaucoma else 0.43, 0.09), 0.2, 0.85))
+    pole = 1 if rng.random() < 0.7 else -1
+    angle = float(pole * np.deg2rad(rng.uniform(55, 80)))
+    notched, defective = rng.random(2) < ((0.55, 0.75) if glaucoma else (0.03, 0.06))
+    return Eye(
+        seed=seed,
+        glaucoma=glaucoma,
+        temporal=temporal,
+        disc=(float(middle[0] - temporal * run / 2), float(middle[1] - drop / 2)),
+        radii=(float(height * rng.uniform(0.86, 0.97)), float(height)),
+        fovea=(float(middle[0] + temporal * run / 2), float(middle[1] + drop / 2)),
+        vcdr=vcdr,
+        notch=angle if notched else None,
+        defect=angle if defective else None,
+    )
+
+
+def draw_phantom(eye: Eye, size: int) -> tuple[Image.Image, Image.Image]:
+    """Draws the photograph of an eye and its mask.
+
+    Args:
+        eye: The eye.
+        size: Side of the picture in pixels.
+
+    Returns:
+        The photograph, and the mask in REFUGE's values (0 cup, 128 rim, 255 background).
+    """
+    rng = np.random.default_rng((eye.seed, 1))
+    x, y = _grid(size)
+    # Polar coordinates around the disc, the angle counted from the temporal side downwards.
+    u, v = (x - eye.disc[0]) * eye.temporal, y - eye.disc[1]
+    reach, angle = np.hypot(u / eye.radii[0], v / eye.radii[1]), np.arctan2(v, u)
+    rim = (
+        1
+        + 0.03 * np.cos(2 * angle + rng.uniform(0, 6))
+        + 0.02 * np.cos(3 * angle + rng.uniform(0, 6))
+    )
+    cup = _cup_edge(eye, angle, rng) * rim
+
+    tissue = _fundus(eye, x, y, rng)
+    tissue *= 1 - _defect(eye, np.hypot(u, v), angle)[..., None]
+    tissue = _paint_disc(tissue, reach, rim, cup, eye, size, rng)
+    picture = draw_vessels(
+        tissue, complex(*eye.disc), complex(*eye.fovea), eye.radii[1], FIELD, rng
+    )
+    photograph = _photograph(picture, x, y, size, rng)
+
+    mask = np.where(reach < cup, 0, np.where(reach < rim, 128, 255)).astype(np.uint8)
+    return Image.fromarray(photograph), Image.fromarray(mask)
+
+
+def to_pixels(point: tuple[float, float], size: int) -> tuple[float, float]:
+    """Converts a point to pixels, where (0, 0) is the centre of the first pixel."""
+    x, y = ((1 + FIELD * value) * size / 2 - 0.5 for value in point)
+    return x, y
+
+
+def _grid(size: int) -> tuple[Array, Array]:
+    line = ((np.arange(size) + 0.5) * 2 / size - 1) / FIELD
+    x, y = np.meshgrid(line, line)
+    return x, y
+
+
+def _noise(rng: np.random.Generator, cells: int, size: int) -> Array:
+    """Smooth noise with `cells` bumps a side, the same at every size."""
+    coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
+
+
+def _bump(x: Array, y: Array, centre: tuple[float, float], width: float) -> Array:
+    return np.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / (2 * width**2))
+
+
+def _step(distance: Array, softness: float) -> Array:
+    """0 far below zero, 1 far above it, with an edge about `softness` wide."""
+    return np.clip(distance / softness + 0.5, 0, 1)
+
+
+def _fundus(eye: Eye, x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """Choroid, pigment and macula: the fundus without disc and vessels."""
+    size = len(x)
+    redness, pigment = rng.uniform(0, 1), rng.uniform(0, 1)
+    colour = np.array((208 - 30 * pigment, 92 - 28 * redness - 12 * pigment, 42 - 4 * redness))
+    # Ridges of smooth noise look like the choroid's own vessels behind a thin pigment layer.
+    bands = _noise(rng, 14, size) + 0.6 * _noise(rng, 28, size)
+    tigroid = np.abs(bands) - 0.7
+    mottle = (
+        0.5 * _noise(rng, 5, size) + 0.35 * _noise(rng, 40, size) + 0.25 * _noise(rng, 90, size)
+    )
+    strength = rng.uniform(0.01, 0.09)
+    away = 1 - 0.8 * _bump(x, y, eye.fovea, 0.35)
+    texture = 1 + strength * tigroid * away + rng.uniform(0.02, 0.045) * mottle
+    tissue = colour * texture[..., None] ** np.array((0.7, 1.3, 1.1))
+    glow = _bump(x, y, eye.disc, 0.45)[..., None]
+    tissue = tissue * (1 + glow * np.array((0.12, 0.28, 0.30)))
+    macula = rng.uniform(0.20, 0.36) * _bump(x, y, eye.fovea, 0.20)
+    pit = rng.uniform(0.10, 0.24) * _bump(x, y, eye.fovea, 0.07)
+    shade = (macula + pit)[..., None] * np.array((0.75, 1.1, 0.9))
+    return np.asarray(tissue * (1 - shade))
+
+
+def _defect(eye: Eye, distance: Array, angle: Array) -> Array:
+    """How much darker a nerve-fibre-layer defect makes each pixel: an arc that widens outwards."""
+    if eye.defect is None:
+        return np.zeros_like(distance)
+    # Nerve fibres bend around the macula, and so does the wedge they leave.
+    centre = eye.defect * (1 - 0.42 * np.clip(distance - 0.15, 0, 1))
+    inside = _step(0.17 - np.abs(angle - centre), 0.16)
+    return np.asarray(0.20 * inside * _step(distance - 0.15, 0.1) * _step(0.95 - distance, 0.7))
+
+
+def _cup_edge(eye: Eye, angle: Array, rng: np.random.Generator) -> Array:
+    """Edge of the cup at each angle, as a fraction of the disc's."""
+    wide = eye.vcdr * rng.uniform(0.92, 1.08)
+    edge = wide * eye.vcdr / np.hypot(wide * np.sin(angle), eye.vcdr * np.cos(angle))
+    if eye.notch is not None:
+        edge = edge + (0.93 - edge) * np.exp(-(((angle - eye.notch) / 0.30) ** 2))
+    return np.minimum(edge, 0.95)
+
+
+def _paint_disc(
+    tissue: Array,
+    reach: Array,
+    rim: Array,
+    cup: Array,
+    eye: Eye,
+    size: int,
+    rng: np.random.Generator,
+) -> Array:
+    edge = max(0.10, 2.5 / (size * eye.radii[1]))
+    pallor = rng.uniform(0, 1)
+    rim_colour = np.array((238.0, 160 + 22 * pallor, 88 + 24 * pallor))
+    cup_colour = np.array((252.0, 226 + 12 * pallor, 168 + 28 * pallor))
+    halo = rng.uniform(0.0, 0.25) * np.exp(-np.clip(reach - 1, 0, None) / 0.18) * (reach > 0.9)
+    tissue = tissue + halo[..., None] * (rim_colour - tissue)
+    inside = _step(rim - reach, edge)[..., None]
+    tissue = tissue + inside * (rim_colour * (1 + 0.03 * _noise(rng, 60, size)[..., None]) - tissue)
+    # The edge lies astride the mask's, so that the eye and the mask agree.
+    inside = _step(cup - reach, 1.4 * edge)[..., None]
+    return np.asarray(tissue + inside * rng.uniform(0.8, 1.0) * (cup_colour - tissue))
+
+
+def _photograph(
+    tissue: Array, x: Array, y: Array, size: int, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """What the camera adds: uneven light, haze, blur, grain and the round field of view."""
+    radius = np.hypot(x, y)
+    direction = rng.uniform(0, 2 * np.pi)
+    slope = rng.uniform(0, 0.16) * (x * np.cos(direction) + y * np.sin(direction))
+    light = 1 + slope - rng.uniform(0.12, 0.34) * radius**2.5
+    picture = tissue * light[..., None] * rng.uniform(0.80, 1.12)
+    haze = rng.uniform(0, 0.14) * rng.uniform(0, 1)
+    picture += haze * (np.array((190.0, 120.0, 80.0)) - picture)
+    blur = rng.uniform(0.0008, 0.0055) * size
+    picture = gaussian_filter(picture, (blur, blur, 0))
+    picture += rng.normal(0, rng.uniform(1, 2.5), (size, size, 1)) + rng.normal(
+        0, 1.2, (size, size, 3)
+    )
+    picture *= _step(1 - radius, max(0.02, 3 / size))[..., None]
+    return np.asarray(np.clip(picture + 0.5, 0, 255), dtype=np.uint8)
