@@ -1,0 +1,78 @@
+"""One loss per task, from logits, over the pictures that are labelled for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss  # type: ignore[import-untyped]  # not typed
+
+if TYPE_CHECKING:
+    from data import Batch
+
+
+def task_losses(logits: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, int] | None]:
+    """Computes each task's loss and how many pictures it is the mean of.
+
+    Args:
+        logits: What the network gave for each task, over the whole batch.
+        batch: The truth, and which pictures have it.
+
+    Returns:
+        For each task `(loss, count)`, or None where no picture of the batch is labelled.
+    """
+    losses: dict[str, tuple[Tensor, int] | None] = {}
+    for task, output in logits.items():
+        rows = batch.labelled(task)
+        if len(rows) == 0:
+            losses[task] = None
+            continue
+        there = rows.to(output.device)
+        # Half precision would round the small losses of a nearly solved task to zero.
+        loss = LOSSES[task](output.float()[there], batch.targets[task][there])
+        losses[task] = (loss, len(rows))
+    return losses
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Binary cross-entropy averaged over pixels."""
+    return F.binary_cross_entropy_with_logits(logits, masks.float())
+
+
+def fovea_loss(logits: Tensor, points: Tensor) -> Tensor:
+    """L1 distance between the predicted map and the saliency map of the points, per pixel."""
+    return F.l1_loss(logits.sigmoid(), saliency_maps(points, logits.shape[-1]))
+
+
+def glaucoma_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Focal loss (Lin et al., 2017) with gamma 2 and no alpha."""
+    loss: Tensor = sigmoid_focal_loss(logits, labels.float(), alpha=-1, gamma=2, reduction="mean")
+    return loss
+
+
+def saliency_maps(points: Tensor, size: int) -> Tensor:
+    """Draws an isotropic normal density around each point, scaled to a maximum of 1.
+
+    Args:
+        points: (n, 2), x and y in pixels, (0, 0) the centre of the first pixel.
+        size: Side of the map; the variance is 50 (size / 256)^2 square pixels.
+
+    Returns:
+        (n, size, size).
+    """
+    variance = 50 * (size / 256) ** 2
+    line = torch.arange(size, dtype=points.dtype, device=points.device)
+    across = torch.exp(-((line - points[:, 0:1]) ** 2) / (2 * variance))
+    down = torch.exp(-((line - points[:, 1:2]) ** 2) / (2 * variance))
+    return down[:, :, None] * across[:, None, :]
+
+
+LOSSES = {
+    "disc": segmentation_loss,
+    "cup": segmentation_loss,
+    "fovea": fovea_loss,
+    "glaucoma": glaucoma_loss,
+}
