@@ -1,0 +1,104 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+
+
+def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes beside the file, then renames, so that a kill leaves the old file or the new one.
+
+    Args:
+        file: Where to write; its folder must exist.
+        write: Writes the content to an open binary file.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    draft = file.with_name(f"{file.name}.part")
+    try:
+        try:
+            with draft.open("wb") as opened:
+                write(opened)
+                opened.flush()
+                os.fsync(opened.fileno())
+            draft.replace(file)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror}).") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes UTF-8 text, whole or not at all."""
+    write_whole(file, lambda opened: opened.write(text.encode()))
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON, whole or not at all; a number that is none is an error, not `NaN`."""
+    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: The file is missing or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: must hold a JSON object.")
+    return content
+
+
+def save_checkpoint(file: Path, state: Mapping[str, Any]) -> None:
+    """Saves tensors and plain containers, whole or not at all."""
+    write_whole(file, lambda opened: torch.save(dict(state), opened))
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """Loads a checkpoint to the CPU without running code from it.
+
+    Raises:
+        InputError: The file is missing or no checkpoint.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{file}: not a readable checkpoint ({reason}).") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{file}: not a checkpoint of this program.")
+    return state
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], key: str) -> None:
+    """Saves tensors together with what they were made from."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{file.parent}: cannot be made ({error.strerror}).") from error
+    save_checkpoint(file, {"key": key, **tensors})
+
+
+def read_tensors(file: Path, key: str) -> dict[str, Tensor] | None:
+    """Loads saved tensors; None where there are none, or they were made from something else."""
+    try:
+        tensors = load_checkpoint(file)
+    except InputError:
+        return None
+    return tensors if tensors.pop("key", None) == key else None

@@ -1,0 +1,205 @@
+"""The photographs of one split, decoded once and kept as tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from checkpoint import read_tensors, write_tensors
+from errors import InputError
+from metrics import vertical_cup_to_disc_ratio
+from network import TASKS
+from phantoms import phantom_records
+from records import Record
+from released import is_released, released_records
+from repacked import is_repacked, repacked_records
+
+HELD_OUT = 0.2  # share of the training pictures that validates where there is no such split
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some photographs and their truth.
+
+    Attributes:
+        images: (n, 3, size, size) in [0, 1].
+        targets: disc and cup (n, size, size), fovea (n, 2) in input pixels, glaucoma (n,);
+            without meaning where a picture is not annotated.
+        known: For each task (n,), whether the truth is known; on the CPU, so that asking does
+            not wait for a device.
+    """
+
+    images: Tensor
+    targets: dict[str, Tensor]
+    known: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> Batch:
+        """Moves pictures and truth to a device."""
+        targets = {task: target.to(device) for task, target in self.targets.items()}
+        return Batch(self.images.to(device), targets, self.known)
+
+    def labelled(self, task: str) -> Tensor:
+        """Gives the rows whose truth is known."""
+        return self.known[task].nonzero().squeeze(1)
+
+
+class Photographs(Dataset[Batch]):
+    """A split: resized photographs and masks in memory, points in original pixels.
+
+    Args:
+        records: What to decode.
+        size: Side of the network's input in pixels.
+        title: What the progress bar says.
+        cache: File that keeps the decoded tensors for the next run; None for no such file.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], size: int, title: str = "", cache: Path | None = None
+    ) -> None:
+        self.size = size
+        self.names = [record.name for record in records]
+        self.known = {
+            task: torch.tensor([task in record.annotated for record in records], dtype=torch.bool)
+            for task in TASKS
+        }
+        labels = [-1 if record.label is None else record.label for record in records]
+        self.labels = torch.tensor(labels)
+        nowhere = (float("nan"), float("nan"))
+        self.points = torch.tensor([record.fovea or nowhere for record in records])
+        key = _fingerprint(records, size)
+        tensors = read_tensors(cache, key) if cache else None
+        if tensors is None:
+            tensors = _decode(records, size, title)
+            if cache:
+                write_tensors(cache, tensors, key)
+        self.pictures, self.masks = tensors["pictures"], tensors["masks"]
+        self.sizes, self.ratios = tensors["sizes"], tensors["ratios"]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, rows: int | Sequence[int] | Tensor) -> Batch:
+        """Gives the photographs of some rows as a batch, where the pictures lie."""
+        rows = torch.as_tensor(rows).reshape(-1)
+        masks = self.masks[rows]
+        targets = {
+            "disc": masks < 255,
+            "cup": masks == 0,
+            "fovea": self.input_points()[rows].to(masks.device),
+            "glaucoma": self.labels[rows].to(masks.device),
+        }
+        known = {task: known[rows] for task, known in self.known.items()}
+        return Batch(self.pictures[rows].float() / 255, targets, known)
+
+    def input_points(self) -> Tensor:
+        """Gives the foveas in pixels of the network's input."""
+        # A pixel's centre, not its corner, has whole coordinates.
+        return (self.points + 0.5) * self.size / self.sizes - 0.5
+
+    def keep_on(self, device: torch.device) -> None:
+        """Moves pictures and masks to a GPU that has room, so that iterations need not wait."""
+        if device.type != "cuda":
+            return
+        free, _ = torch.cuda.mem_get_info(device)
+        if self.pictures.nbytes + self.masks.nbytes < free / 4:
+            self.pictures, self.masks = self.pictures.to(device), self.masks.to(device)
+
+    def tasks(self) -> tuple[str, ...]:
+        """Names the tasks that at least one picture is annotated for."""
+        return tuple(task for task in TASKS if self.known[task].any())
+
+
+def load_splits(
+    data: str, size: int, seed: int, cache: Path | None = None
+) -> dict[str, Photographs]:
+    """Finds out what kind of data is meant and decodes it.
+
+    Args:
+        data: "phantom", or a folder that holds REFUGE as released or in re-packed form.
+        size: Side of the network's input in pixels.
+        seed: Draws the pictures held out for validation where there is no such split.
+        cache: Folder for decoded tensors; phantoms need none.
+
+    Returns:
+        "train", "val" and "test".
+
+    Raises:
+        InputError: The folder is no data set, or a file in it cannot be used.
+    """
+    folder = Path(data)
+    if data == "phantom":
+        splits = phantom_records(size)
+    elif not folder.is_dir():
+        raise InputError(f"{folder}: `--data` must be a folder or the word phantom.")
+    elif is_repacked(folder):
+        splits = repacked_records(folder)
+    elif is_released(folder):
+        splits = released_records(folder)
+    else:
+        raise InputError(
+            f"{folder}: no data set; expected train/index.json or Training400 in this folder."
+        )
+    for split in ("train", "test"):
+        if not splits.get(split):
+            raise InputError(f"{folder}: has no pictures for the {split} split.")
+    if not splits.get("val"):
+        splits |= _hold_out(splits["train"], seed)
+    decoded = {}
+    for split in ("train", "val", "test"):
+        file = None
+        if cache and data != "phantom":
+            file = cache / f"{folder.resolve().name}-{split}-{size}.pt"
+        decoded[split] = Photographs(splits[split], size, f"reading {split}", file)
+    return decoded
+
+
+def _hold_out(records: list[Record], seed: int) -> dict[str, list[Record]]:
+    count = max(1, round(HELD_OUT * len(records)))
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {
+        "train": [records[i] for i in sorted(order[count:])],
+        "val": [records[i] for i in sorted(order[:count])],
+    }
+
+
+def _fingerprint(records: Sequence[Record], size: int) -> str:
+    """Changes with the size, the annotations, and what lies in the files."""
+    lines = [str(size)]
+    for record in records:
+        lines += [f"{record.name} {sorted(record.annotated)} {record.fovea}"]
+        lines += [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in record.files]
+    return "\n".join(lines)
+
+
+def _decode(records: Sequence[Record], size: int, title: str) -> dict[str, Tensor]:
+    def decode(record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Tensor, float]:
+        picture, mask = record.read()
+        ratio = float("nan")
+        if mask is not None and {"disc", "cup"} <= record.annotated:
+            values = np.asarray(mask)
+            ratio = vertical_cup_to_disc_ratio(values < 255, values == 0)
+        mask = mask or Image.new("L", picture.size, 255)
+        small = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+        small_mask = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
+        return small.transpose(2, 0, 1), small_mask, torch.tensor(picture.size), ratio
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(decode, records), title, len(records), unit="picture", disable=None)
+        pictures, masks, sizes, ratios = zip(*bar, strict=True)
+    return {
+        "pictures": torch.from_numpy(np.stack(pictures)),
+        "masks": torch.from_numpy(np.stack(masks)),
+        "sizes": torch.stack(sizes),
+        "ratios": torch.tensor(ratios, dtype=torch.float64),
+    }
