@@ -1,0 +1,126 @@
+"""The pictures of a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.metrics import roc_curve
+
+from checkpoint import write_whole
+from data import Photographs
+from evaluation import Predictions
+
+TRUE, PREDICTED = "white", "deepskyblue"
+History = Sequence[Mapping[str, Any]]
+
+
+def draw_pictures(file: Path, photographs: Photographs, count: int = 12) -> None:
+    """Shows the first photographs as the network gets them, with their labels."""
+    names = {1: "glaucoma", 0: "no glaucoma", -1: "not labelled"}
+    figure, axes = _grid(min(count, len(photographs)), columns=4)
+    for row, ax in enumerate(axes):
+        _show(ax, photographs, row)
+        ax.set_title(names[int(photographs.labels[row])], fontsize=8)
+    _save(figure, file)
+
+
+def draw_overlays(
+    file: Path, photographs: Photographs, predictions: Predictions, source: str, count: int = 8
+) -> None:
+    """Draws outlines of disc and cup and the fovea, true and predicted, over photographs.
+
+    Args:
+        file: Where to.
+        photographs: The split.
+        predictions: What the network says about it.
+        source: Where the photographs come from, for the title.
+        count: How many, spread over the split.
+    """
+    count = min(count, len(photographs))
+    figure, axes = _grid(count, columns=4)
+    batch = photographs[torch.arange(len(photographs))]
+    points = photographs.input_points().numpy()
+    chosen = np.linspace(0, len(photographs) - 1, count).astype(int)
+    for row, ax in zip(chosen, axes, strict=True):
+        _show(ax, photographs, int(row))
+        for task, style in (("disc", "solid"), ("cup", "dashed")):
+            if batch.known[task][row]:
+                _outline(ax, batch.targets[task][row].cpu().numpy(), TRUE, style)
+            if task in predictions.masks:
+                _outline(ax, predictions.masks[task][row], PREDICTED, style)
+        ax.plot(*points[row], "+", color=TRUE, markersize=9)
+        if predictions.points is not None:
+            ax.plot(*predictions.points[row], "x", color=PREDICTED, markersize=7)
+    figure.suptitle(
+        f"{source}: truth white, prediction blue; disc solid, cup dashed, fovea crosses", fontsize=9
+    )
+    _save(figure, file)
+
+
+def draw_learning_curves(file: Path, history: History, source: str) -> None:
+    """Draws losses over the epochs and, below, what validation measured."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+    for column in history[0]:
+        rows = [(row["epoch"], row[column]) for row in history if row[column] is not None]
+        if column.startswith("loss_") and rows:
+            top.plot(*zip(*rows, strict=True), label=column.removeprefix("loss_"))
+        elif column in ("val_disc_dice", "val_cup_dice", "val_glaucoma_auc", "score") and rows:
+            label = column.removeprefix("val_").replace("_", " ")
+            bottom.plot(*zip(*rows, strict=True), marker=".", label=label)
+    top.set(yscale="log", ylabel="training loss", title=source)
+    bottom.set(xlabel="epoch", ylabel="validation")
+    for ax in (top, bottom):
+        if ax.lines:
+            ax.legend(fontsize=8)
+    _save(figure, file)
+
+
+def draw_roc(
+    file: Path,
+    labels: NDArray[np.integer],
+    diagnoses: Mapping[str, NDArray[np.float64]],
+    areas: Mapping[str, float | None],
+    source: str,
+) -> None:
+    """Draws the ROC curve of each classifier that has an area under it."""
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for name, area in areas.items():
+        if area is not None:
+            usable = (labels >= 0) & ~np.isnan(diagnoses[name])
+            false, true, _ = roc_curve(labels[usable], diagnoses[name][usable])
+            ax.plot(false, true, label=f"{name} {area:.3f}")
+    ax.plot((0, 1), (0, 1), ":", color="grey")
+    ax.set(xlabel="1 - specificity", ylabel="sensitivity", title=source, aspect="equal")
+    ax.legend()
+    _save(figure, file)
+
+
+def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    rows = -(-count // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.3 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes:
+        ax.axis("off")
+    return figure, axes[:count]
+
+
+def _show(ax: Axes, photographs: Photographs, row: int) -> None:
+    ax.imshow(photographs.pictures[row].permute(1, 2, 0).cpu().numpy())
+
+
+def _outline(ax: Axes, mask: NDArray[np.bool_], colour: str, style: str) -> None:
+    if mask.any():
+        ax.contour(mask, levels=[0.5], colors=colour, linestyles=style, linewidths=0.9)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    write_whole(file, lambda opened: figure.savefig(opened, format="png", dpi=130))
