@@ -1,0 +1,123 @@
+"""AlternatingOptimizer: a step per task with one common state (eq. 2)."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtlopt._losses import LossesFunction, ReadyLosses, Task
+from mtlopt._sequential import Order, SequentialOptimizer
+from mtlopt._wrapper import WrappedOptimizer
+
+
+class _Turn:
+    """The optimizer in one task's turn: a scaler takes one step per object and update."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, *args: Any) -> Any:
+        return self.optimizer.step(*args)
+
+
+class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
+    r"""Steps through the tasks in turn, all with one optimizer and its one state.
+
+    .. math:: \text{for } k = 1, \dots, T: \quad w \leftarrow w - \eta \, g^{(k)}(w)
+
+    Each gradient is taken at the weights that the previous task's step left. The optimizer's
+    moments mix the gradients of all tasks; :class:`IndependentOptimizer` keeps them apart.
+
+    Args:
+        optimizer: Optimizer that takes every task's step; it owns the parameters.
+        tasks: Names of the tasks; a tuple of names is a group, one objective with one step.
+        order: "fixed" keeps the order of `tasks`, "shuffled" draws it anew each step from
+            ``self.generator`` (seed 0; saved in the state dict).
+        scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
+        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        process_group: Ranks that agree on the tasks' counts, with a model wrapped in DDP.
+
+    Raises:
+        TypeError: If `optimizer` is not an instance of a plain optimizer.
+        ValueError: If `tasks` is empty or repeats a name.
+
+    Example:
+        >>> import torch, mtlopt
+        >>> w = torch.tensor([1.0], requires_grad=True)
+        >>> base = torch.optim.SGD([w], lr=0.5)
+        >>> optimizer = mtlopt.AlternatingOptimizer(base, ["a", "b"])
+        >>> def losses(tasks):
+        ...     return {task: (w**2).sum() / 2 for task in tasks}
+        >>> optimizer.step(losses)  # 1 -> 0.5 -> 0.25
+        {'a': tensor(0.5000), 'b': tensor(0.1250)}
+        >>> w
+        tensor([0.2500], requires_grad=True)
+
+    References:
+        Maninis et al., 2019 (arXiv 1904.08918); Bragman et al., 2019 (arXiv 1908.09597).
+    """
+
+    _without_losses = (
+        "`step` of AlternatingOptimizer needs `losses`. In a loop that owns the backward pass "
+        "call the wrapped optimizer: optimizer.zero_grad(); loss.backward(); optimizer.base.step()."
+    )
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tasks: Iterable[Task],
+        *,
+        order: Order = "fixed",
+        scaler: torch.amp.GradScaler | None = None,
+        check_finite: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            tasks,
+            order=order,
+            scaler=scaler,
+            check_finite=check_finite,
+            process_group=process_group,
+        )
+
+    def step(  # type: ignore[override]  # torch's closure is the keyword `closure` here
+        self,
+        losses: LossesFunction | ReadyLosses | None = None,
+        *batch: Any,
+        micro_batches: Iterable[Any] | None = None,
+        closure: Any = None,
+    ) -> dict[str, Tensor]:
+        """Takes a step for every task that the batch has labels for.
+
+        Args:
+            losses: Function losses(tasks, *batch) that returns a mapping from task to a scalar
+                loss, (loss, count) or None; it is called once per task.
+            *batch: Passed on to `losses`.
+            micro_batches: Several batches to average over, in place of `batch`.
+            closure: Not taken; here for torch's signature.
+
+        Returns:
+            The present tasks' losses, detached scalars.
+
+        Raises:
+            TypeError: Without a function.
+            ValueError: If a loss is not a scalar with a graph, or was not asked for. The earlier
+                tasks have stepped then.
+        """
+        batches = self._batches(losses, batch, micro_batches)
+        function = cast(LossesFunction, losses)
+        values: dict[str, Tensor] = {}
+        with self._scaler_updated():
+            for task in self._turns():
+                # Eq. 2: this task's gradient is taken where the previous task's step ended.
+                gradient = partial(self._backward, function, task, batches)
+                if present := gradient():
+                    self._update(cast(Optimizer, _Turn(self.base)), task, present, gradient)
+                values |= present
+        return values

@@ -1,0 +1,147 @@
+"""JointOptimizer: the weighted sum of the losses (eq. 1)."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtlopt import _gradients
+from mtlopt._collect import Forwards, agree, collect
+from mtlopt._combining import Batches, CombiningOptimizer
+from mtlopt._distributed import sum_gradients
+from mtlopt._losses import (
+    LossesFunction,
+    ReadyLosses,
+    Task,
+    evaluate,
+    names_of,
+    sum_tensors,
+    weighted,
+)
+
+
+class JointOptimizer(CombiningOptimizer):
+    r"""Takes one step on the weighted sum of the losses, the ordinary baseline.
+
+    .. math:: w \leftarrow w - \eta \sum_k c^{(k)} g^{(k)}(w)
+
+    A tuned weighted sum is a strong baseline (Kurin et al., 2022; Xin et al., 2022). One forward
+    and one backward pass make a step; with several micro-batches each task is differentiated
+    apart, since a sum over tasks could not be averaged by each task's own count afterwards.
+
+    Args:
+        optimizer: Optimizer that applies the gradient; it owns the parameters.
+        tasks: Names of the tasks.
+        weights: Weight :math:`c^{(k)}` by name of task; a task left out has weight 1.
+        forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
+        scaler: Gradient scaler for float16; an overflow skips the step.
+        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        process_group: Ranks to average over, with a model that is not wrapped in DDP.
+
+    Raises:
+        TypeError: If `optimizer` is not an instance of a plain optimizer.
+        ValueError: If `tasks` is empty or repeats a name, or `weights` names an unknown task.
+
+    Example:
+        >>> import torch, mtlopt
+        >>> w = torch.tensor([1.0], requires_grad=True)
+        >>> base = torch.optim.SGD([w], lr=0.25)
+        >>> optimizer = mtlopt.JointOptimizer(base, ["a", "b"], weights={"b": 2.0})
+        >>> def losses(tasks):
+        ...     return {task: (w**2).sum() / 2 for task in tasks}
+        >>> optimizer.step(losses)
+        {'a': tensor(0.5000), 'b': tensor(0.5000)}
+        >>> w  # 1 - 0.25 * (1 + 2)
+        tensor([0.2500], requires_grad=True)
+
+    References:
+        Kurin et al., 2022 (arXiv 2201.04122); Xin et al., 2022 (arXiv 2209.11379).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tasks: Iterable[Task],
+        weights: Mapping[str, float] | None = None,
+        *,
+        forwards: Forwards = "joint",
+        scaler: torch.amp.GradScaler | None = None,
+        check_finite: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            tasks,
+            forwards=forwards,
+            scaler=scaler,
+            check_finite=check_finite,
+            process_group=process_group,
+        )
+        names = names_of(*self.tasks)
+        unknown = sorted(set(weights or {}) - set(names))
+        if unknown:
+            raise ValueError(
+                f"`weights` must name tasks among {list(names)}, got {unknown} beside them."
+            )
+        self.weights = {name: (weights or {}).get(name, 1.0) for name in names}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Returns nothing: one backward pass of the sum tells no task from another."""
+        return {}
+
+    def _add_gradient(
+        self,
+        losses: LossesFunction | ReadyLosses,
+        batches: Batches,
+        scale: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        if len(batches) > 1 or self.forwards == "per-task":
+            return self._add_collected(losses, batches, scale)
+        present = evaluate(losses, tuple(self.weights), batches[0], self.check_finite)
+        parameters = self._parameters
+        counts, values = agree(
+            {name: [present[name]] if name in present else [] for name in self.weights},
+            parameters[0].device,
+            self.process_group,
+        )
+        # Eq. 1: one backward pass of the weighted sum, over the tasks present.
+        terms = [
+            weighted(loss.value, self.weights[name] * (loss.samples / counts[name]))
+            for name, loss in present.items()
+            if loss.samples
+        ]
+        if self.process_group is None:
+            if terms:
+                _gradients.backward(scale(sum_tensors(terms)))
+        elif values:
+            earlier = _gradients.take(parameters)
+            if terms:
+                _gradients.backward(scale(sum_tensors(terms)))
+            own = sum_gradients(_gradients.take(parameters), parameters, self.process_group)
+            _gradients.put(parameters, _gradients.add(earlier, own))
+        return values
+
+    def _add_collected(
+        self,
+        losses: LossesFunction | ReadyLosses,
+        batches: Batches,
+        scale: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        parameters = self._parameters
+        values, collected = collect(
+            losses,
+            tuple(self.weights),
+            batches,
+            parameters,
+            check_finite=self.check_finite,
+            scale=scale,
+            group=self.process_group,
+            forwards=self.forwards,
+        )
+        total = [parameter.grad for parameter in parameters]
+        for name in values:
+            total = _gradients.add(total, _gradients.scaled(collected[name], self.weights[name]))
+        _gradients.put(parameters, total)
+        return values

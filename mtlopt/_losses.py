@@ -1,0 +1,165 @@
+"""The protocol of `losses`: what a step accepts, asked for and checked before anything moves."""
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Task: TypeAlias = str | tuple[str, ...]
+LossesFunction: TypeAlias = Callable[..., Mapping[str, Tensor | tuple[Tensor, int] | None]]
+ReadyLosses: TypeAlias = Mapping[str, Tensor | tuple[Tensor, int] | None]
+
+
+class Loss(NamedTuple):
+    """A task's loss on one batch, with its graph, and how many samples it is the mean of."""
+
+    value: Tensor
+    samples: int
+
+
+def names_of(*tasks: Task) -> tuple[str, ...]:
+    """Lists the names of tasks and of groups of tasks in order."""
+    return tuple(name for task in tasks for name in (task if isinstance(task, tuple) else (task,)))
+
+
+def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
+    """Returns the tasks as a tuple, or says what is wrong with them."""
+    if isinstance(tasks, str):
+        raise TypeError(f"`tasks` must be an iterable of names, got the string {tasks!r}.")
+    checked = tuple(tuple(task) if isinstance(task, list) else task for task in tasks)
+    if not checked:
+        raise ValueError("`tasks` must name at least one task, got none.")
+    for task in checked:
+        if task == () or not all(isinstance(name, str) for name in names_of(task)):
+            raise TypeError(
+                f"`tasks` must hold names or non-empty tuples of names (a group), got {task!r}."
+            )
+    names = names_of(*checked)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"`tasks` must name each task once, got {repeated} more than once.")
+    return checked
+
+
+def list_batches(
+    batch: tuple[Any, ...], micro_batches: Iterable[Any] | None
+) -> list[tuple[Any, ...]]:
+    """Returns the argument tuples that `losses` is to be called with, one for a plain batch."""
+    if micro_batches is None:
+        return [batch]
+    if batch:
+        raise TypeError(
+            "`micro_batches` takes the place of the batch arguments, "
+            f"got both it and {len(batch)} of those."
+        )
+    batches = [
+        tuple(item) if isinstance(item, (tuple, list)) else (item,) for item in micro_batches
+    ]
+    if not batches:
+        raise ValueError("`micro_batches` must hold at least one batch, got none.")
+    return batches
+
+
+def evaluate(
+    losses: LossesFunction | ReadyLosses,
+    names: Sequence[str],
+    batch: tuple[Any, ...],
+    check_finite: bool,
+) -> dict[str, Loss]:
+    """Asks for the losses of `names` on one batch; absent tasks are left out of the result.
+
+    A count of 0 is kept here: in a process group other ranks may bring samples.
+    """
+    if isinstance(losses, Mapping):
+        found: Any = losses
+    else:
+        found = _call(losses, tuple(names), batch)
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"`losses` must return a mapping from task to loss, got {type(found).__name__}."
+        )
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        raise ValueError(
+            f"`losses` must bring only the tasks asked for, {list(names)}, got {list(found)}."
+        )
+    present = {}
+    for name in names:
+        loss = found.get(name)
+        if loss is not None:
+            present[name] = _check_loss(name, loss, check_finite)
+    return present
+
+
+def weighted(loss: Tensor, weight: float) -> Tensor:
+    """Multiplies a loss by a number; 1 leaves it as it is, to the last bit."""
+    return loss if weight == 1 else loss * weight
+
+
+def mean(losses: Sequence[Loss]) -> Tensor:
+    """Averages the losses of one task over batches, by count."""
+    if len(losses) == 1:
+        return losses[0].value.detach()
+    total = sum(loss.samples for loss in losses)
+    return sum_tensors([loss.value.detach() * (loss.samples / max(total, 1)) for loss in losses])
+
+
+def sum_tensors(terms: Sequence[Tensor]) -> Tensor:
+    """Adds tensors from left to right, as ``a + b + c`` does."""
+    return sum(terms[1:], terms[0])
+
+
+def _call(losses: LossesFunction, names: tuple[str, ...], batch: tuple[Any, ...]) -> Any:
+    if not callable(losses):
+        raise TypeError(
+            "`losses` must be a function losses(tasks, *batch) or a mapping from task to loss, "
+            f"got {type(losses).__name__}."
+        )
+    try:
+        with torch.enable_grad():
+            return losses(names, *batch)
+    except TypeError as error:
+        try:
+            signature = inspect.signature(losses)
+        except (TypeError, ValueError):
+            raise error from None
+        try:
+            signature.bind(names, *batch)
+        except TypeError:
+            raise TypeError(
+                "`losses` must take losses(tasks, *batch), here with "
+                f"{len(batch)} batch arguments, got a function that takes {signature}. "
+                "A closure in torch's sense goes in `closure=`, where the method has it."
+            ) from error
+        raise
+
+
+def _check_loss(name: str, loss: Any, check_finite: bool) -> Loss:
+    value, count = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, 1)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"The loss of task {name!r} must be a tensor, (tensor, count) or None, got {loss!r}."
+        )
+    try:
+        count = operator.index(count)
+    except TypeError:
+        raise TypeError(
+            f"The count of task {name!r} must be a whole number of samples, got {count!r}."
+        ) from None
+    if count < 0:
+        raise ValueError(f"The count of task {name!r} must not be negative, got {count}.")
+    if value.numel() != 1:
+        raise ValueError(
+            f"The loss of task {name!r} must be a scalar, got shape {tuple(value.shape)}."
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            f"The loss of task {name!r} must have a graph to differentiate, got a tensor without "
+            "one: it depends on no parameter that requires a gradient, or was detached."
+        )
+    if check_finite and not torch.isfinite(value):
+        raise ValueError(f"The loss of task {name!r} must be finite, got {value.item()}.")
+    return Loss(value.reshape(()), count)

@@ -1,0 +1,216 @@
+"""Panel: one optimizer per task over the same parameters, shown to torch as one."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtlopt._base import MultiTaskOptimizer
+from mtlopt._follower import Follower, copied
+from mtlopt._losses import Task, check_tasks
+from mtlopt._sequential import SequentialOptimizer
+
+
+class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
+    """A mapping from task to optimizer whose own parameter groups are a control panel."""
+
+    def __init__(
+        self,
+        optimizer_class: Callable[..., Optimizer],
+        params: Iterable[Any],
+        tasks: Iterable[Task],
+        options: dict[str, Any],
+        **shared: Any,
+    ) -> None:
+        tasks = check_tasks(tasks)
+        params = _check_params(params)
+        self._optimizers = {task: _build(optimizer_class, params, options) for task in tasks}
+        first = self._optimizers[tasks[0]]
+        if len(tasks) > 1 and callable(getattr(first, "eval", None)):
+            raise ValueError(
+                "`optimizer_class` must not swap the parameters for evaluation when there are "
+                f"several tasks, got {type(first).__name__} for {len(tasks)}: each task's average "
+                "would be taken over weights that the other tasks moved."
+            )
+        self.defaults = copied(first.defaults)
+        self.state = defaultdict(dict)
+        self.param_groups = [_copied_group(group) for group in first.param_groups]
+        super().__init__(tasks, **shared)
+        self._follow([None] * len(tasks))
+        self._hook()
+
+    def __getitem__(self, task: Task) -> Optimizer:
+        if task not in self._optimizers:
+            raise KeyError(f"{task!r} is not among the tasks {list(self.tasks)}")
+        return self._optimizers[task]
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self._optimizers)
+
+    def __len__(self) -> int:
+        return len(self._optimizers)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    # The control panel.
+
+    def _follow(self, overrides: Iterable[list[list[str]] | None]) -> None:
+        self._followers = {
+            task: Follower(optimizer, self.param_groups, keys)
+            for (task, optimizer), keys in zip(self._optimizers.items(), overrides, strict=True)
+        }
+
+    def _hook(self) -> None:
+        """Hooks the tasks' optimizers, so that in every form they follow the panel."""
+        for task, optimizer in self._optimizers.items():
+            optimizer.register_step_pre_hook(partial(self._before_update, task))
+            optimizer.register_step_post_hook(partial(self._after_update, task))
+
+    def _before_update(
+        self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any
+    ) -> tuple[Any, Any] | None:
+        self._followers[task].follow(self.param_groups)
+        result = None
+        for hook in self._optimizer_step_pre_hooks.values():
+            changed = hook(optimizer, args, kwargs)
+            if changed is not None:
+                result = args, kwargs = changed
+        return result
+
+    def _after_update(self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._followers[task].accept()
+        self._opt_called = True  # A scheduler on the panel asks whether a step came first.
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(optimizer, args, kwargs)
+
+    def reset_overrides(self, task: Task) -> None:
+        """Lets a task follow the panel again in every hyper-parameter.
+
+        Args:
+            task: One of the tasks.
+
+        Raises:
+            KeyError: If there is no such task.
+        """
+        self[task]
+        self._followers[task].reset(self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters for every task.
+
+        Args:
+            param_group: As torch takes it.
+        """
+        param_group = _copied_group(param_group)
+        for optimizer in self._optimizers.values():
+            optimizer.add_param_group(_copied_group(param_group))
+        added = self._optimizers[self.tasks[0]].param_groups[-1]
+        self.param_groups.append(_copied_group(added))
+        self._follow([follower.overrides for follower in self._followers.values()])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets all gradients to None.
+
+        Args:
+            set_to_none: Must be True: a zero gradient would move the other tasks' heads, by
+                their moments and weight decay.
+
+        Raises:
+            ValueError: If `set_to_none` is False.
+        """
+        if not set_to_none:
+            raise ValueError(
+                "`set_to_none` must be True, got False: with zero gradients in their heads the "
+                "tasks would move each other's heads."
+            )
+        super().zero_grad()
+
+    def train(self) -> None:
+        """Puts the task's optimizer in training mode, where it has modes (schedule-free)."""
+        self._switch("train")
+
+    def eval(self) -> None:
+        """Puts the task's optimizer in evaluation mode, where it has modes (schedule-free)."""
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        for task, optimizer in self._optimizers.items():
+            getattr(optimizer, mode, lambda: None)()
+            self._followers[task].accept()
+
+    # State, copies and pickles.
+
+    def _inner_optimizers(self) -> list[Optimizer]:
+        return list(self._optimizers.values())
+
+    def _collect_state(self) -> dict[str, Any]:
+        for follower in self._followers.values():
+            follower.follow(self.param_groups)
+        groups, start = [], 0
+        for group in self.param_groups:
+            indices = list(range(start, start + len(group["params"])))
+            groups.append({**group, "params": indices})
+            start += len(indices)
+        return {
+            "param_groups": groups,
+            "mtlopt": {
+                "optimizers": [optimizer.state_dict() for optimizer in self._inner_optimizers()],
+                "overrides": [follower.overrides for follower in self._followers.values()],
+            },
+        }
+
+    def _restore_state(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict.get("mtlopt")
+        states = [state_dict] * len(self) if saved is None else saved["optimizers"]
+        for optimizer, state in zip(self._inner_optimizers(), states, strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [
+            {**_copied_group(new), "params": group["params"]}
+            for new, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+        ]
+        self._follow([None] * len(self) if saved is None else saved["overrides"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        overrides = self._collect_state()["mtlopt"]["overrides"]
+        return super().__getstate__() | {"_followers": overrides}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_followers" in state:
+            self._follow(state["_followers"])
+            self._hook()
+
+
+def _check_params(params: Iterable[Any]) -> Any:
+    """Spends generators once, so that every task's optimizer gets the same parameters."""
+    if isinstance(params, (Tensor, set)):
+        return params  # torch has its say on these.
+    checked = [_copied_group(item) if isinstance(item, dict) else item for item in params]
+    if not checked:
+        raise ValueError("`params` must hold at least one parameter, got none.")
+    return checked
+
+
+def _copied_group(group: dict[str, Any]) -> dict[str, Any]:
+    """Copies a parameter group: new containers and options, the same parameters."""
+    params = group["params"]
+    options = {key: copied(value) for key, value in group.items() if key != "params"}
+    return {"params": params if isinstance(params, (Tensor, set)) else list(params), **options}
+
+
+def _build(
+    optimizer_class: Callable[..., Optimizer], params: Any, options: dict[str, Any]
+) -> Optimizer:
+    if isinstance(params, list):
+        params = [_copied_group(item) if isinstance(item, dict) else item for item in params]
+    optimizer = optimizer_class(params, **copied(options))
+    if isinstance(optimizer, MultiTaskOptimizer) or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "`optimizer_class` must make a plain torch.optim.Optimizer, "
+            f"got {type(optimizer).__name__} from {optimizer_class!r}."
+        )
+    return optimizer

@@ -1,0 +1,76 @@
+"""WrappedOptimizer: the methods that stand before one plain optimizer."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from mtlopt._base import MultiTaskOptimizer
+from mtlopt._losses import Task
+
+
+class WrappedOptimizer(MultiTaskOptimizer):
+    """Shows the wrapped optimizer's parameter groups and state as its own, live."""
+
+    base: Optimizer
+    """The wrapped optimizer, which moves the parameters."""
+
+    def __init__(self, optimizer: Optimizer, tasks: Iterable[Task], **shared: Any) -> None:
+        if isinstance(optimizer, MultiTaskOptimizer) or not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "`optimizer` must be an instance of a plain torch.optim.Optimizer, "
+                f"got {optimizer!r}."
+            )
+        self.base = optimizer
+        super().__init__(tasks, **shared)
+
+    def _inner_optimizers(self) -> list[Optimizer]:
+        return [self.base]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute in torch
+        """The wrapped optimizer's parameter groups."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]  # an attribute in torch
+        """The wrapped optimizer's state."""
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute in torch
+        """The wrapped optimizer's defaults."""
+        return self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the wrapped optimizer."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as the wrapped optimizer does."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def train(self) -> None:
+        """Puts the wrapped optimizer in training mode, where it has modes (schedule-free)."""
+        getattr(self.base, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Puts the wrapped optimizer in evaluation mode, where it has modes (schedule-free)."""
+        getattr(self.base, "eval", lambda: None)()
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """Registers a hook on the wrapped optimizer, called before each update."""
+        return self.base.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        """Registers a hook on the wrapped optimizer, called after each update."""
+        return self.base.register_step_post_hook(hook)
+
+    def _collect_state(self) -> dict[str, Any]:
+        return {**self.base.state_dict(), "mtlopt": {}}
+
+    def _restore_state(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "mtlopt"})
