@@ -54,6 +54,17 @@ def require_every_public_name(app: Any, env: Any) -> None:
             raise RuntimeError(f"mtlopt.{name} is missing from the reference")
 
 
+def show_public_bases(app: Any, name: str, obj: type, options: Any, bases: list[type]) -> None:
+    """Puts the nearest base that a reader can look up in the place of a private one."""
+    public = {value for value in vars(mtlopt).values() if inspect.isclass(value)}
+
+    def is_public(base: type) -> bool:
+        return base in public or not base.__module__.startswith("mtlopt")
+
+    bases[:] = dict.fromkeys(next(filter(is_public, base.__mro__)) for base in bases)
+
+
 def setup(app: Any) -> None:
-    """Registers the check of completeness."""
+    """Registers the functions above."""
+    app.connect("autodoc-process-bases", show_public_bases)
     app.connect("env-check-consistency", require_every_public_name)
