@@ -1,0 +1,256 @@
+"""Every method with every class of `torch.optim`, against plain loops written here."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import (
+    CLASSES,
+    DENSE,
+    TASKS,
+    assert_equal,
+    batches,
+    make_losses,
+    make_network,
+    snapshot,
+)
+from torch import Tensor, nn
+
+import mtlopt
+
+METHODS = ("joint", "alternating", "independent")
+STEPS = 20
+
+
+def make(
+    method: str, name: str, model: nn.Module, tasks: Any = TASKS, **keywords: Any
+) -> mtlopt.MultiTaskOptimizer:
+    optimizer_class, options = CLASSES[name]
+    if method == "independent":
+        return mtlopt.IndependentOptimizer(
+            optimizer_class, model.parameters(), tasks, **keywords, **options
+        )
+    wrap = {"joint": mtlopt.JointOptimizer, "alternating": mtlopt.AlternatingOptimizer}[method]
+    return wrap(optimizer_class(model.parameters(), **options), tasks, **keywords)
+
+
+def scheduler_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+
+
+def plain_step(
+    optimizer: torch.optim.Optimizer, model: nn.Module, loss: Callable[[], Tensor]
+) -> Tensor:
+    """One step as everybody writes it."""
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return optimizer.step(closure).detach()
+    value = closure().detach()
+    optimizer.step()
+    return value
+
+
+def plain_loop(method: str, name: str, model: nn.Module, steps: int = STEPS) -> list[list[Tensor]]:
+    """Eqs. 1, 2 and 3 by hand, with a scheduler on each optimizer; returns the losses."""
+    optimizer_class, options = CLASSES[name]
+    losses = make_losses(model)
+    count = len(TASKS) if method == "independent" else 1
+    optimizers = [
+        optimizer_class(model.parameters(), **copy.deepcopy(options)) for _ in range(count)
+    ]
+    schedulers = [scheduler_of(optimizer) for optimizer in optimizers]
+    history = []
+    for x, y in batches(steps):
+        if method == "joint":
+            values = losses(TASKS, x, y)
+            history.append([values[task].detach() for task in TASKS])
+            plain_step(optimizers[0], model, lambda: sum(losses(TASKS, x, y).values()))  # noqa: B023
+        else:
+            row = []
+            for k, task in enumerate(TASKS):
+                own = optimizers[k % count]
+                row.append(plain_step(own, model, lambda: losses((task,), x, y)[task]))  # noqa: B023
+            history.append(row)
+        for scheduler in schedulers:
+            scheduler.step()
+    return history
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_its_plain_loop_bit_for_bit(method: str, name: str) -> None:
+    """Weights and returned losses, 20 steps, with a scheduler running on the one optimizer."""
+    expected, model = make_network(name), make_network(name)
+    history = plain_loop(method, name, expected)
+    start = snapshot(model)
+
+    optimizer = make(method, name, model)
+    scheduler = scheduler_of(optimizer)
+    losses = make_losses(model)
+    for (x, y), row in zip(batches(STEPS), history, strict=True):
+        values = optimizer.step(losses, x, y)
+        scheduler.step()
+        assert list(values) == list(TASKS)
+        assert all(not value.requires_grad for value in values.values())
+        assert [v.item() for v in values.values()] == [v.item() for v in row]
+    assert_equal(snapshot(model), snapshot(expected))
+    assert not any(torch.equal(p, start[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("method", METHODS)
+def test_with_one_task_a_method_is_the_class_itself(method: str, name: str) -> None:
+    expected, model = make_network(name), make_network(name)
+    optimizer_class, options = CLASSES[name]
+    plain = optimizer_class(expected.parameters(), **copy.deepcopy(options))
+    optimizer = make(method, name, model, ["b"])
+    losses, expected_losses = make_losses(model), make_losses(expected)
+    for x, y in batches(5):
+        plain_step(plain, expected, lambda: expected_losses(("b",), x, y)["b"])  # noqa: B023
+        optimizer.step(losses, x, y)
+    assert_equal(snapshot(model), snapshot(expected))
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "LBFGS"])
+def test_simultaneous_is_three_optimizers_on_gradients_of_the_same_weights(name: str) -> None:
+    expected, model = make_network(name), make_network(name)
+    optimizer_class, options = CLASSES[name]
+    parameters = list(expected.parameters())
+    plain = [optimizer_class(parameters, **copy.deepcopy(options)) for _ in TASKS]
+    optimizer = make("independent", name, model, schedule="simultaneous")
+    losses, expected_losses = make_losses(model), make_losses(expected)
+    for x, y in batches(STEPS):
+        gradients = []
+        for task in TASKS:
+            expected.zero_grad()
+            expected_losses((task,), x, y)[task].backward()
+            gradients.append([p.grad for p in parameters])
+        for own, gradient in zip(plain, gradients, strict=True):
+            for parameter, part in zip(parameters, gradient, strict=True):
+                parameter.grad = part
+            own.step()
+        optimizer.step(losses, x, y)
+    assert_equal(snapshot(model), snapshot(expected))
+
+
+RESUME = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_contract import *
+method, name, path = sys.argv[2:5]
+torch.set_num_threads(1)
+saved = torch.load(path, weights_only=True)
+model = make_network(name)
+optimizer = make(method, name, model, order=saved["order"]) if saved["order"] else make(method, name, model)
+scheduler = scheduler_of(optimizer)
+model.load_state_dict(saved["model"])
+optimizer.load_state_dict(saved["optimizer"])
+scheduler.load_state_dict(saved["scheduler"])
+losses = make_losses(model)
+for x, y in batches(8)[4:]:
+    optimizer.step(losses, x, y)
+    scheduler.step()
+torch.save(snapshot(model), path)
+"""
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD-momentum", "Adam-tensor-lr", "LBFGS", "SparseAdam"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_resumes_bit_for_bit_in_another_process(
+    method: str, name: str, tmp_path: Path
+) -> None:
+    order = None if method == "joint" else "shuffled"
+    model = make_network(name)
+    optimizer = make(method, name, model, **({"order": order} if order else {}))
+    scheduler = scheduler_of(optimizer)
+    losses = make_losses(model)
+    for step, (x, y) in enumerate(batches(8)):
+        if step == 4:
+            saved = {
+                "order": order,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+            }
+            torch.save(saved, tmp_path / "run.pt")
+        optimizer.step(losses, x, y)
+        scheduler.step()
+    program = [sys.executable, "-c", RESUME, str(Path(__file__).parent), method, name]
+    subprocess.run([*program, str(tmp_path / "run.pt")], check=True)
+    assert_equal(torch.load(tmp_path / "run.pt", weights_only=True), snapshot(model))
+
+
+def by_pickle(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, by_pickle])
+@pytest.mark.parametrize("name", ["Adam", "SGD-momentum", "LBFGS", "Adam-tensor-lr"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_goes_on_alone_with_its_scheduler(
+    method: str, name: str, copier: Callable[[Any], Any]
+) -> None:
+    """The copy's steps move the copied network, the original's the original, equally."""
+    model = make_network(name)
+    optimizer = make(method, name, model)
+    scheduler = scheduler_of(optimizer)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    for x, y in batches(3):
+        optimizer.step(make_losses(model), x, y)
+        scheduler.step()
+    twin, twin_optimizer, twin_scheduler = copier((model, optimizer, scheduler))
+    start = snapshot(twin)
+    assert twin_scheduler.optimizer is twin_optimizer
+    for x, y in batches(5)[3:]:
+        optimizer.step(make_losses(model), x, y)
+        scheduler.step()
+    assert_equal(snapshot(twin), start)
+    for x, y in batches(5)[3:]:
+        twin_optimizer.step(make_losses(twin), x, y)
+        twin_scheduler.step()
+    assert_equal(snapshot(twin), snapshot(model))
+    assert twin_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("name", [name for name in DENSE if name != "LBFGS"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_absent_task_moves_nothing_of_its_own(method: str, name: str) -> None:
+    """Not its head by decay or momentum, not its state; all absent: nothing at all moves."""
+    model = make_network(name)
+    optimizer = make(method, name, model)
+    losses = make_losses(model)
+
+    def without_b(tasks: Any, x: Tensor, y: Any) -> dict[str, Tensor | None]:
+        return {t: None if t == "b" else loss for t, loss in losses(tasks, x, y).items()}
+
+    data = batches(4)
+    optimizer.step(losses, *data[0])
+    head = snapshot(model.heads["b"])  # type: ignore[index]  # a ModuleDict
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    for x, y in data[1:]:
+        assert list(optimizer.step(without_b, x, y)) == ["a", "c"]
+    assert_equal(snapshot(model.heads["b"]), head)  # type: ignore[index]  # a ModuleDict
+    if isinstance(optimizer, mtlopt.IndependentOptimizer):
+        buffer.seek(0)
+        saved = torch.load(buffer, weights_only=True)["mtlopt"]["optimizers"][1]["state"]
+        for index, state in optimizer["b"].state_dict()["state"].items():
+            for key, value in state.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(saved[index][key])), key
+    everything = snapshot(model)
+    assert optimizer.step(lambda tasks, x, y: {}, *data[0]) == {}
+    assert optimizer.step(lambda tasks, x, y: dict.fromkeys(tasks), *data[0]) == {}
+    assert_equal(snapshot(model), everything)
