@@ -1,0 +1,376 @@
+"""The program as a user meets it: a run folder, one line per mistake, and runs that go on."""
+
+import csv
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from errors import InputError
+from network import TASKS
+from refuge.tiny_data import ENVIRONMENT, TRAIN_PY, Run, entry, write_split
+from settings import Settings, parse
+
+TINY = ("--size", 32, "--width", 2, "--batch-size", 4)
+METRICS = {
+    "glaucoma_auc",
+    "glaucoma_auc_fc",
+    "glaucoma_auc_vcdr",
+    "disc_dice",
+    "cup_dice",
+    "fovea_error",
+    "vcdr_error",
+    "parameters",
+    "seconds_per_iteration",
+}
+
+
+def run_here(*arguments: object) -> int:
+    """Runs the program in this process, which spares the imports."""
+    return train.main([*map(str, arguments)])
+
+
+def read(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def weights(out: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    loaded = torch.load(out / name, weights_only=True)["model"]
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+@pytest.mark.parametrize("method", ["independent", "alternating", "joint"])
+def test_a_run_leaves_everything_in_its_folder(repacked: Path, tmp_path: Path, method: str) -> None:
+    """Names and columns that the documentation promises, for every method."""
+    out = tmp_path / "run"
+    assert run_here("--data", repacked, "--method", method, "--epochs", 6, *TINY, "--out", out) == 0
+    assert {file.name for file in out.iterdir()} == {
+        *("config.json", "metrics.json", "history.csv", "best.pt", "last.pt", "figures")
+    }
+    assert {file.name for file in (out / "figures").iterdir()} == {
+        *("pictures.png", "overlays.png", "learning_curves.png", "roc.png")
+    }
+    metrics = read(out / "metrics.json")
+    assert metrics.keys() >= METRICS
+    assert all(metrics[key] is not None for key in METRICS - {"vcdr_error", "glaucoma_auc_vcdr"})
+    config = read(out / "config.json")
+    assert config["method"] == method
+    assert config["parameters"] == metrics["parameters"]
+    assert config["dropout"] == 0.8
+    with (out / "history.csv").open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert all(float(row[f"loss_{task}"]) > 0 for row in rows for task in TASKS)
+    # Validation every 5 epochs and after the last.
+    assert [row["score"] != "" for row in rows] == [False] * 4 + [True] * 2
+
+
+def test_the_three_methods_are_three_updates(repacked: Path, tmp_path: Path) -> None:
+    """From one seed they start alike and must not end alike."""
+    ends = []
+    for method in ("independent", "alternating", "joint"):
+        out = tmp_path / method
+        run_here("--data", repacked, "--method", method, "--epochs", 1, *TINY, "--out", out)
+        ends.append(weights(out)["encoder.0.0.weight"])
+    assert not torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+    assert not torch.equal(ends[1], ends[2])
+
+
+def test_training_equals_a_plain_loop(repacked: Path, tmp_path: Path) -> None:
+    """Eq. 3 by hand: per task a fresh forward pass and an Adam of its own."""
+    from data import load_splits
+    from losses import LOSSES
+    from network import MultiTaskUNet
+
+    out = tmp_path / "run"
+    run_here("--data", repacked, "--epochs", 2, *TINY, "--out", out, "--seed", 3)
+
+    pictures = load_splits(str(repacked), 32, seed=3)["train"]
+    torch.manual_seed(3)
+    model = MultiTaskUNet(width=2)
+    adams = {task: torch.optim.Adam(model.parameters(), lr=1e-3) for task in TASKS}
+    shuffle = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        order = torch.randperm(10, generator=shuffle)
+        for rows in (order[:4], order[4:8]):
+            batch = pictures[rows]
+            for task in TASKS:
+                model.zero_grad()
+                logits = model(batch.images, (task,))[task]
+                LOSSES[task](logits, batch.targets[task]).backward()
+                adams[task].step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(weights(out)[name], value), name
+
+
+def test_without_cup_masks_cup_metrics_are_null(tmp_path: Path, repacked: Path) -> None:
+    """An untrained cup head must invent neither a cup nor a vCDR nor a diagnosis."""
+    folder, out = tmp_path / "partial", tmp_path / "run"
+    known = ["disc", "fovea", "glaucoma"]
+    nowhere = {"Fovea_X": None, "Fovea_Y": None}
+    rows = [entry(f"a{i}.jpg", i % 2, Annotations=known) for i in range(6)]
+    rows += [entry(f"b{i}.jpg", None, Annotations=["disc"], **nowhere) for i in range(6)]
+    write_split(folder / "train", rows)
+    write_split(folder / "test", rows)
+    assert run_here("--data", folder, "--epochs", 2, *TINY, "--out", out) == 0
+    text = (out / "metrics.json").read_text()
+    assert '"cup_dice": null' in text
+    metrics = json.loads(text)
+    for key in ("cup_dice", "vcdr_error", "glaucoma_auc_vcdr"):
+        assert metrics[key] is None
+    assert metrics["disc_dice"] is not None
+    assert metrics["fovea_error"] is not None
+    assert metrics["glaucoma_auc"] == metrics["glaucoma_auc_fc"] is not None
+    assert metrics["notes"] == [
+        "no training picture is annotated for cup.",
+        "no vCDR classifier: no training picture has disc, cup and glaucoma annotated.",
+    ]
+    with (out / "history.csv").open(newline="") as opened:
+        assert {row["loss_cup"] for row in csv.DictReader(opened)} == {""}
+
+
+def test_groups_are_drawn_once_and_stated(repacked: Path, tmp_path: Path) -> None:
+    """Random task grouping: two objectives of two tasks, the same after a resume."""
+    out = tmp_path / "run"
+    arguments = ("--data", repacked, *TINY, "--out", out)
+    assert run_here(*arguments, "--group-size", 2, "--epochs", 1) == 0
+    groups = read(out / "config.json")["objectives"]
+    assert sorted(task for group in groups for task in group) == sorted(TASKS)
+    assert [len(group) for group in groups] == [2, 2]
+    assert run_here("--resume", "--out", out, "--epochs", 2) == 0
+    assert read(out / "config.json")["objectives"] == groups
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_and_resumes(repacked: Path, tmp_path: Path, amp: str) -> None:
+    """The loss scale is part of what a resumed run needs."""
+    out = tmp_path / "run"
+    assert run_here("--data", repacked, "--amp", amp, "--epochs", 1, *TINY, "--out", out) == 0
+    assert run_here("--resume", "--out", out, "--epochs", 2) == 0
+    saved = torch.load(out / "last.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+    assert (saved["scaler"] is not None) == (amp == "fp16")
+
+
+@pytest.mark.parametrize("norm", ["group", "running"])
+def test_every_norm_trains(repacked: Path, tmp_path: Path, norm: str) -> None:
+    out = tmp_path / "run"
+    assert run_here("--data", repacked, "--norm", norm, "--epochs", 1, *TINY, "--out", out) == 0
+    assert ("encoder.0.1.running_mean" in weights(out)) == (norm == "running")
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(repacked: Path, tmp_path: Path) -> None:
+    """Weights, optimizer, order and dropout go on bit for bit, on a CPU."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_here("--data", repacked, "--epochs", 10, *TINY, "--out", whole) == 0
+    assert run_here("--data", repacked, "--epochs", 5, *TINY, "--out", parts) == 0
+    torch.manual_seed(99)
+    assert run_here("--resume", "--out", parts, "--epochs", 10) == 0
+    assert_same_end(whole, parts)
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        one, other = weights(first, name), weights(second, name)
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.equal(value, other[key]), (name, key)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(train_py: Run, repacked: Path, tmp_path: Path) -> None:
+    """SIGKILL leaves no time to tidy up: what is on disk must do, whenever it comes."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ("--data", repacked, "--epochs", 40, *TINY)
+    assert train_py(*arguments, "--out", whole).returncode == 0
+    command = [*TRAIN_PY, *map(str, arguments), "--out", str(killed)]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        wait_for(killed / "last.pt")
+        process.send_signal(signal.SIGKILL)
+    state = torch.load(killed / "last.pt", weights_only=True)
+    assert 0 < state["epoch"] < 40
+    resumed = train_py("--resume", "--out", killed)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(whole, killed)
+
+
+def wait_for(file: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < end, f"{file} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(repacked: Path, tmp_path: Path) -> None:
+    """No traceback, exit code 130, nothing half-written, and the advice works."""
+    out = tmp_path / "run"
+    command = [*TRAIN_PY, "--data", repacked, "--epochs", 500, *TINY, "--out", out]
+    with subprocess.Popen(
+        [*map(str, command)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for(out / "last.pt")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    last = errors.strip().splitlines()[-1]
+    assert last == f"train.py: interrupted; go on with: train.py --resume --out {out}"
+    assert not list(out.rglob("*.part"))
+    torch.load(out / "last.pt", weights_only=True)
+
+
+def test_ctrl_c_before_anything_is_saved_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While pictures are read there is nothing to go on with, and no folder is left."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_splits", interrupt)
+    assert run_here("--out", tmp_path / "run") == 130
+    assert capsys.readouterr().err == "train.py: interrupted; nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "0"), "`--epochs` must be at least 1, got 0."),
+        (("--lr", "-1"), "`--lr` must be positive, got -1.0."),
+        (("--lr", "nan"), "`--lr` must be positive, got nan."),
+        (("--size", "100"), "`--size` must be a multiple of 16, at least 32, got 100."),
+        (("--width", "0"), "`--width` must be at least 1, got 0."),
+        (("--batch-size", "0"), "`--batch-size` must be at least 1, got 0."),
+        (("--group-size", "5"), "`--group-size` must be between 1 and 4, got 5."),
+        (("--seed", "-1"), "`--seed` must be between 0 and 2^63 - 1, got -1."),
+        (("--resume",), "`--resume` needs `--out`, the folder of the run to go on with."),
+    ],
+)
+def test_a_bad_setting_is_one_line_with_its_rule(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(*arguments) == 2
+    assert capsys.readouterr().err == f"train.py: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--method", "pcgrad"), ("--epochs", "many"), ("--nonsense",), ("--ep", "3")]
+)
+def test_what_no_flag_takes_is_one_line(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Methods and flags that do not exist yet among them."""
+    assert run_here(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: ")
+    assert error.count("\n") == 1
+    assert arguments[0] in error
+
+
+def test_bad_data_leaves_no_folder(
+    repacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures are read before anything is written."""
+    out = tmp_path / "run"
+    (repacked / "train/images/a03.jpg").write_bytes(b"\xff\xd8 cut short")
+    assert run_here("--data", repacked, *TINY, "--out", out) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"train.py: error: {repacked}/train/images/a03.jpg: not a readable")
+    assert not out.exists()
+
+
+def test_too_large_a_batch_is_refused(
+    repacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last incomplete batch is dropped, so there would be none."""
+    out = tmp_path / "run"
+    assert run_here("--data", repacked, "--batch-size", 11, "--out", out) == 2
+    assert "`--batch-size` must be at most 10 (the training pictures)" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "run"
+    assert run_here("--out", out) == 2
+    assert capsys.readouterr().err == f"train.py: error: {out}: cannot be made (Not a directory).\n"
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path: Path) -> None:
+    """A resumed run keeps its settings, but for its length and its device."""
+    (tmp_path / "config.json").write_text(json.dumps(vars(Settings(lr=0.5, epochs=3))))
+    with pytest.raises(InputError, match="holds a run; give `--resume` to go on with it"):
+        parse(["--out", str(tmp_path)])
+    again = ["--resume", "--out", str(tmp_path)]
+    assert parse(again).settings == Settings(lr=0.5, epochs=3)
+    assert parse([*again, "--epochs", "9"]).settings == Settings(lr=0.5, epochs=9)
+    with pytest.raises(InputError, match=r"`--lr` must be 0\.5 as in .*config\.json, got 0\.1"):
+        parse([*again, "--lr", "0.1"])
+    with pytest.raises(InputError, match=r"config\.json: not readable"):
+        parse(["--resume", "--out", str(tmp_path / "nowhere")])
+
+
+def test_a_checkpoint_of_another_network_is_refused(
+    repacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run_here("--data", repacked, "--epochs", 1, *TINY, "--out", out) == 0
+    (out / "last.pt").write_bytes((out / "best.pt").read_bytes())
+    assert run_here("--resume", "--out", out) == 2
+    assert (
+        f"train.py: error: {out}/last.pt: not a checkpoint of this run" in capsys.readouterr().err
+    )
+
+
+def test_runs_without_a_name_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run must not cost the first."""
+    monkeypatch.chdir(tmp_path)
+    assert parse([]).out == Path("runs/phantom-independent")
+    Path("runs/phantom-independent").mkdir(parents=True)
+    assert parse([]).out == Path("runs/phantom-independent-2")
+    assert parse(["--method", "joint"]).out == Path("runs/phantom-joint")
+
+
+def test_the_published_configuration_is_reachable_and_stated() -> None:
+    """Width 64, size 256, learning rate 1e-4, 300 epochs; the rest is the default."""
+    flags = ["--width", "64", "--size", "256", "--lr", "1e-4", "--epochs", "300"]
+    settings = parse([*flags, "--out", "nowhere"]).settings
+    assert settings == Settings(width=64, size=256, lr=1e-4, epochs=300)
+    assert (settings.batch_size, settings.norm, settings.amp) == (8, "batch", "off")
+    assert (train.DROPOUT, train.VALIDATE_EVERY) == (0.8, 5)
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_all_four_tasks(train_py: Run, tmp_path: Path) -> None:
+    """On unseen phantoms, from the fixed seed, with the thresholds that were promised."""
+    finished = train_py("--out", tmp_path / "run", timeout=1500)
+    assert finished.returncode == 0, finished.stderr
+    metrics = read(tmp_path / "run/metrics.json")
+    size = read(tmp_path / "run/config.json")["size"]
+    assert metrics["disc_dice"] >= 0.85
+    assert metrics["cup_dice"] >= 0.70
+    assert metrics["fovea_error"] <= 0.05 * size
+    assert metrics["glaucoma_auc"] >= 0.80
+    assert "synthetic phantoms" in finished.stdout
