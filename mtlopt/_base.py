@@ -81,6 +81,12 @@ class MultiTaskOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
+    def _note_step(self) -> None:
+        # A scheduler on an inner optimizer asks whether a step came first. It did, even where the
+        # batch lacked the labels.
+        for inner in self._inner_optimizers():
+            inner._opt_called = True  # type: ignore[attr-defined]  # torch sets it from outside
+
     # Mixed precision.
 
     @property

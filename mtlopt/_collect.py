@@ -24,6 +24,7 @@ from mtlopt._losses import (
 Forwards: TypeAlias = Literal["joint", "per-task"]
 
 
+@torch.enable_grad()
 def collect(
     losses: LossesFunction | ReadyLosses,
     tasks: Sequence[Task],

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -72,18 +73,20 @@ class CombiningOptimizer(WrappedOptimizer):
             return result  # type: ignore[no-any-return]  # torch's form returns torch's value
         if closure is not None:
             raise TypeError("`closure` must be None beside `losses`: they say the same.")
-        batches = list_batches(batch, micro_batches)
-        if isinstance(losses, Mapping) and (batches != [()] or self._needs_closure):
+        batches = list_batches(losses, batch, micro_batches)
+        if isinstance(losses, Mapping) and self._needs_closure:
             raise TypeError(
-                "`losses` must be a function losses(tasks, *batch) where it is evaluated more "
-                f"than once or on a batch, got {type(losses).__name__}."
+                "`losses` must be a function losses(tasks, *batch) for a class that evaluates it "
+                f"several times, {type(self.base).__name__}, got {type(losses).__name__}."
             )
+        self._note_step()
         gradient = partial(self._fresh_gradient, losses, batches)
         values = gradient()
         if values:
             self._update(values, gradient)
         return values
 
+    @torch.enable_grad()
     def backward(self, losses: ReadyLosses) -> None:
         """Adds the combined gradient of ready losses to `.grad`, in the place of `.backward()`.
 
@@ -92,6 +95,7 @@ class CombiningOptimizer(WrappedOptimizer):
         """
         self._add_gradient(losses, [()], lambda loss: loss)
 
+    @torch.enable_grad()
     def _fresh_gradient(
         self, losses: LossesFunction | ReadyLosses, batches: Batches
     ) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def differentiate(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> lis
 
 def backward(loss: Tensor, retain_graph: bool = False) -> None:
     """Adds the loss's gradient to `.grad`."""
-    loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # untyped in torch
+    loss.backward(retain_graph=retain_graph)
 
 
 def take(parameters: Sequence[Tensor]) -> Gradients:

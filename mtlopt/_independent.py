@@ -142,7 +142,7 @@ class IndependentOptimizer(Panel):
                 "sequential" the earlier tasks have stepped then.
         """
         if self.schedule == "simultaneous" and losses is not None:
-            return self._step_simultaneously(losses, list_batches(batch, micro_batches))
+            return self._step_simultaneously(losses, list_batches(losses, batch, micro_batches))
         batches = self._batches(losses, batch, micro_batches)
         function = cast(LossesFunction, losses)
         values: dict[str, Tensor] = {}

@@ -45,9 +45,14 @@ def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
 
 
 def list_batches(
-    batch: tuple[Any, ...], micro_batches: Iterable[Any] | None
+    losses: object, batch: tuple[Any, ...], micro_batches: Iterable[Any] | None
 ) -> list[tuple[Any, ...]]:
     """Returns the argument tuples that `losses` is to be called with, one for a plain batch."""
+    if isinstance(losses, Mapping) and (batch or micro_batches is not None):
+        raise TypeError(
+            "`losses` must be a function losses(tasks, *batch) where there is a batch to call it "
+            f"on, got {type(losses).__name__}."
+        )
     if micro_batches is None:
         return [batch]
     if batch:
@@ -119,8 +124,7 @@ def _call(losses: LossesFunction, names: tuple[str, ...], batch: tuple[Any, ...]
             f"got {type(losses).__name__}."
         )
     try:
-        with torch.enable_grad():
-            return losses(names, *batch)
+        return losses(names, *batch)
     except TypeError as error:
         try:
             signature = inspect.signature(losses)

@@ -60,6 +60,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
     def _turns(self) -> list[Task]:
         """The tasks in this step's order."""
         self._seen = {}
+        self._note_step()
         if self.order == "fixed":
             return list(self.tasks)
         drawn = torch.randperm(len(self.tasks), generator=self.generator)
@@ -76,10 +77,11 @@ class SequentialOptimizer(MultiTaskOptimizer):
                 f"got {type(losses).__name__}: ready losses have their graphs at the weights "
                 "before the first task's step, so the later tasks' gradients would be stale."
             )
-        return list_batches(batch, micro_batches)
+        return list_batches(losses, batch, micro_batches)
 
     _without_losses: str
 
+    @torch.enable_grad()
     def _backward(self, losses: LossesFunction, task: Task, batches: Batches) -> dict[str, Tensor]:
         """Leaves the gradient of one task's loss in `.grad`; returns the values, {} if absent."""
         self.zero_grad()

@@ -14,7 +14,10 @@ class Network(nn.Module):
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        make = lambda n, m: nn.Linear(n, m, bias=False, dtype=dtype)  # noqa: E731  # local shorthand
+
+        def make(n: int, m: int) -> nn.Linear:
+            return nn.Linear(n, m, bias=False, dtype=dtype)
+
         self.trunk = nn.Sequential(make(4, 6), nn.Tanh(), make(6, 5), nn.Tanh())
         self.heads = nn.ModuleDict({task: make(5, 2) for task in TASKS})
 
@@ -100,7 +103,7 @@ SPARSE: dict[str, tuple[Any, dict[str, Any]]] = {"SparseAdam": (O.SparseAdam, {"
 CLASSES = DENSE | SPARSE
 
 
-def make_network(name: str) -> nn.Module:
+def make_network(name: str) -> Any:
     """Returns the network that a class of the table can train."""
     torch.manual_seed(3)
     if name in SPARSE:

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import mtlopt
 from problems import (
     CLASSES,
     DENSE,
@@ -21,17 +24,12 @@ from problems import (
     make_network,
     snapshot,
 )
-from torch import Tensor, nn
-
-import mtlopt
 
 METHODS = ("joint", "alternating", "independent")
 STEPS = 20
 
 
-def make(
-    method: str, name: str, model: nn.Module, tasks: Any = TASKS, **keywords: Any
-) -> mtlopt.MultiTaskOptimizer:
+def make(method: str, name: str, model: nn.Module, tasks: Any = TASKS, **keywords: Any) -> Any:
     optimizer_class, options = CLASSES[name]
     if method == "independent":
         return mtlopt.IndependentOptimizer(
@@ -45,12 +43,10 @@ def scheduler_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.L
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
 
 
-def plain_step(
-    optimizer: torch.optim.Optimizer, model: nn.Module, loss: Callable[[], Tensor]
-) -> Tensor:
+def plain_step(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Callable[[], Any]) -> Any:
     """One step as everybody writes it."""
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         model.zero_grad()
         value = loss()
         value.backward()
@@ -154,7 +150,7 @@ method, name, path = sys.argv[2:5]
 torch.set_num_threads(1)
 saved = torch.load(path, weights_only=True)
 model = make_network(name)
-optimizer = make(method, name, model, order=saved["order"]) if saved["order"] else make(method, name, model)
+optimizer = make(method, name, model, **saved["keywords"])
 scheduler = scheduler_of(optimizer)
 model.load_state_dict(saved["model"])
 optimizer.load_state_dict(saved["optimizer"])
@@ -172,15 +168,15 @@ torch.save(snapshot(model), path)
 def test_a_run_resumes_bit_for_bit_in_another_process(
     method: str, name: str, tmp_path: Path
 ) -> None:
-    order = None if method == "joint" else "shuffled"
+    keywords = {} if method == "joint" else {"order": "shuffled"}
     model = make_network(name)
-    optimizer = make(method, name, model, **({"order": order} if order else {}))
+    optimizer = make(method, name, model, **keywords)
     scheduler = scheduler_of(optimizer)
     losses = make_losses(model)
     for step, (x, y) in enumerate(batches(8)):
         if step == 4:
             saved = {
-                "order": order,
+                "keywords": keywords,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
@@ -238,12 +234,12 @@ def test_an_absent_task_moves_nothing_of_its_own(method: str, name: str) -> None
 
     data = batches(4)
     optimizer.step(losses, *data[0])
-    head = snapshot(model.heads["b"])  # type: ignore[index]  # a ModuleDict
+    head = snapshot(model.heads["b"])
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
     for x, y in data[1:]:
         assert list(optimizer.step(without_b, x, y)) == ["a", "c"]
-    assert_equal(snapshot(model.heads["b"]), head)  # type: ignore[index]  # a ModuleDict
+    assert_equal(snapshot(model.heads["b"]), head)
     if isinstance(optimizer, mtlopt.IndependentOptimizer):
         buffer.seek(0)
         saved = torch.load(buffer, weights_only=True)["mtlopt"]["optimizers"][1]["state"]

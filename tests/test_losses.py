@@ -1,0 +1,281 @@
+"""The protocol: what `step` accepts, and what it says about everything else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import mtlopt
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+
+
+def sgd(model: Network) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "joint": lambda m, t=TASKS, **k: mtlopt.JointOptimizer(sgd(m), t, **k),
+    "joint-per-task": lambda m, t=TASKS, **k: mtlopt.JointOptimizer(
+        sgd(m), t, forwards="per-task", **k
+    ),
+    "alternating": lambda m, t=TASKS, **k: mtlopt.AlternatingOptimizer(sgd(m), t, **k),
+    "independent": lambda m, t=TASKS, **k: mtlopt.IndependentOptimizer(
+        torch.optim.SGD, m.parameters(), t, lr=0.1, momentum=0.9, **k
+    ),
+    "simultaneous": lambda m, t=TASKS, **k: mtlopt.IndependentOptimizer(
+        torch.optim.SGD, m.parameters(), t, schedule="simultaneous", lr=0.1, momentum=0.9, **k
+    ),
+}
+JOINT = ("joint", "joint-per-task", "simultaneous")
+methods = pytest.mark.parametrize("method", MAKERS)
+
+
+@methods
+@pytest.mark.parametrize("tasks", ["abc", [], [()], [1], [("a", 2)], ["a", "a"], ["a", ("b", "a")]])
+def test_tasks_must_be_names_each_once(method: str, tasks: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"`tasks` must .*got"):
+        MAKERS[method](Network(), tasks)
+
+
+@methods
+def test_a_task_that_was_not_asked_for_is_named_beside_those_that_were(method: str) -> None:
+    model = Network()
+    optimizer = MAKERS[method](model)
+    start = snapshot(model)
+    losses = make_losses(model)
+    (x, y), *_ = batches(1)
+
+    def misspelt(tasks: Any) -> dict[str, Tensor]:
+        return {"a": losses("a", x, y)["a"], "fovae": losses("a", x, y)["a"]}
+
+    with pytest.raises(ValueError, match=r"asked for, \['a'.*got \['a', 'fovae'\]"):
+        optimizer.step(misspelt)
+    assert_equal(snapshot(model), start)
+
+
+def bad_losses() -> dict[str, tuple[Any, str]]:
+    w = torch.ones(3, requires_grad=True)
+    return {
+        "vector": (w * 1, r"'b' must be a scalar, got shape \(3,\)"),
+        "graphless": (torch.tensor(1.0), "'b' must have a graph"),
+        "number": (0.5, r"'b' must be a tensor, .* got 0\.5"),
+        "nan": (w.sum() * float("nan"), "'b' must be finite, got nan"),
+        "count": ((w.sum(), 1.5), r"count of task 'b' must be a whole number .*got 1\.5"),
+        "negative": ((w.sum(), -1), "count of task 'b' must not be negative, got -1"),
+    }
+
+
+@methods
+@pytest.mark.parametrize("case", bad_losses())
+def test_a_bad_loss_is_refused_with_its_task_and_value(method: str, case: str) -> None:
+    """Joint kind: nothing has moved. Sequential: the earlier task has stepped, this one not."""
+    value, message = bad_losses()[case]
+    model = Network()
+    optimizer = MAKERS[method](model, check_finite=True)
+    start = snapshot(model)
+    losses = make_losses(model)
+    (x, y), *_ = batches(1)
+
+    def spoilt(tasks: Any) -> dict[str, Any]:
+        return losses(tasks, x, y) | ({"b": value} if "b" in tasks else {})
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step(spoilt)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    if method in JOINT:
+        assert moved == set()
+    else:
+        assert "heads.a.weight" in moved
+        assert not {"heads.b.weight", "heads.c.weight"} & moved
+
+
+@methods
+def test_a_loss_that_is_not_finite_passes_when_nobody_asked_for_the_check(method: str) -> None:
+    """The check would synchronise with the device at every loss."""
+    model: Any = Network()
+    values = MAKERS[method](model).step(
+        lambda tasks: {t: model.trunk[0].weight.sum() * float("nan") for t in tasks}
+    )
+    assert all(value.isnan() for value in values.values())
+
+
+@methods
+@pytest.mark.parametrize(
+    ("losses", "batch", "message"),
+    [
+        (lambda: None, (), r"losses\(tasks, \*batch\), here with 0 batch arguments.*takes \(\)"),
+        (lambda tasks: {}, (1, 2), r"here with 2 batch arguments.*takes \(tasks\)"),
+        (lambda tasks: None, (), "must return a mapping from task to loss, got NoneType"),
+        (torch.zeros(()), (), "got Tensor"),
+    ],
+)
+def test_a_function_of_another_shape_is_told_the_right_one(
+    method: str, losses: Any, batch: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        MAKERS[method](Network()).step(losses, *batch)
+
+
+@methods
+def test_an_error_inside_losses_is_not_dressed_up(method: str) -> None:
+    def broken(tasks: Any) -> Any:
+        raise TypeError("my own mistake")
+
+    with pytest.raises(TypeError, match=r"^my own mistake$"):
+        MAKERS[method](Network()).step(broken)
+
+
+@methods
+def test_micro_batches_must_hold_a_batch_and_stand_alone(method: str) -> None:
+    optimizer = MAKERS[method](Network())
+    with pytest.raises(ValueError, match="`micro_batches` must hold at least one batch, got none"):
+        optimizer.step(lambda tasks: {}, micro_batches=iter(()))
+    with pytest.raises(TypeError, match="`micro_batches` takes the place"):
+        optimizer.step(lambda tasks, x: {}, 1, micro_batches=[(1,)])
+
+
+@methods
+def test_micro_batches_average_each_task_by_its_own_count(method: str) -> None:
+    """A task labelled on 6, 0 and 2 samples is not diluted; another is bare on the second only."""
+    model, expected = Network(), Network()
+    expected.load_state_dict(model.state_dict())
+    (x, y), *_ = batches(1, size=12)
+    parts = [slice(0, 6), slice(6, 10), slice(10, 12)]
+    labelled = {"a": [6, 0, 2], "b": [6, 4, 2], "c": [0, 4, 0]}
+    everywhere = {
+        task: torch.cat([torch.arange(12)[p][:n] for p, n in zip(parts, counts, strict=True)])
+        for task, counts in labelled.items()
+    }
+
+    def square(m: Any, task: str, rows: Any) -> Any:
+        return ((m(x[rows], (task,))[task] - y[task][rows]) ** 2).mean()
+
+    def losses(tasks: Any, index: int) -> dict[str, Any]:
+        rows = torch.arange(12)[parts[index]]
+        counts = {t: labelled[t][index] for t in tasks}
+        return {t: (square(model, t, rows[:n]), n) if n else None for t, n in counts.items()}
+
+    optimizer, plain = MAKERS[method](model), MAKERS[method](expected)
+    for _ in range(3):
+        values = optimizer.step(losses, micro_batches=(i for i in range(3)))
+        whole = plain.step(lambda tasks: {t: square(expected, t, everywhere[t]) for t in tasks})
+        for task in TASKS:
+            torch.testing.assert_close(values[task], whole[task], rtol=1e-12, atol=0)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@methods
+def test_a_group_is_one_objective_under_micro_batches_too(method: str) -> None:
+    """Its tasks keep their own counts: 4 and 2 for one, 0 and 2 for the other."""
+    groups = ["c", ("a", "b")]
+    model, expected = Network(), Network()
+    expected.load_state_dict(model.state_dict())
+    (x, y), *_ = batches(1, size=6)
+    rows: dict[str, Any] = {
+        "a": [slice(0, 4), slice(4, 6)],
+        "b": [None, slice(4, 6)],
+        "c": [slice(0, 4), None],
+    }
+    everywhere = {"a": slice(0, 6), "b": slice(4, 6), "c": slice(0, 4)}
+
+    def square(m: Any, task: str, part: slice) -> Any:
+        return ((m(x[part], (task,))[task] - y[task][part]) ** 2).mean()
+
+    def losses(tasks: Any, index: int) -> dict[str, Any]:
+        chosen = {t: rows[t][index] for t in tasks}
+        return {t: (square(model, t, r), r.stop - r.start) for t, r in chosen.items() if r}
+
+    optimizer, plain = MAKERS[method](model, groups), MAKERS[method](expected, groups)
+    for _ in range(3):
+        optimizer.step(losses, micro_batches=[0, 1])
+        plain.step(lambda tasks: {t: square(expected, t, everywhere[t]) for t in tasks})
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@methods
+def test_counts_may_come_as_numpy_and_tensor_integers(method: str) -> None:
+    model = Network()
+    losses = make_losses(model)
+    (x, y), *_ = batches(1)
+    counts: dict[str, Any] = {"a": np.int64(0), "b": torch.tensor(0), "c": 3}
+    values = MAKERS[method](model).step(
+        lambda tasks: {t: (loss, counts[t]) for t, loss in losses(tasks, x, y).items()}
+    )
+    assert list(values) == ["c"]
+
+
+@methods
+def test_gradients_are_taken_even_where_the_caller_has_switched_them_off(method: str) -> None:
+    """As torch's closures are."""
+    model = Network()
+    start = snapshot(model)
+    with torch.no_grad():
+        MAKERS[method](model).step(make_losses(model), *batches(1)[0])
+    assert not any(torch.equal(p, start[name]) for name, p in model.named_parameters())
+
+
+@methods
+def test_step_clears_old_gradients_and_leaves_the_last_one(method: str) -> None:
+    model = Network()
+    optimizer = MAKERS[method](model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e6)
+    optimizer.step(make_losses(model), *batches(1)[0])
+    left = {name for name, p in model.named_parameters() if p.grad is not None}
+    trunk = {"trunk.0.weight", "trunk.2.weight"}
+    heads = {f"heads.{t}.weight" for t in (TASKS if method.startswith("joint") else "c")}
+    assert left == trunk | heads
+    assert all(p.grad.abs().max() < 1e3 for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("method", ["joint", "simultaneous"])
+def test_one_forward_serves_all_tasks_and_ready_losses_say_the_same(method: str) -> None:
+    model, twin = Network(), Network()
+    twin.load_state_dict(model.state_dict())
+    optimizer, ready = MAKERS[method](model), MAKERS[method](twin)
+    asked = []
+
+    def losses(tasks: Any, x: Tensor, y: Any) -> dict[str, Tensor]:
+        asked.append(tasks)
+        return make_losses(model)(tasks, x, y)
+
+    for x, y in batches(3):
+        optimizer.step(losses, x, y)
+        ready.step(make_losses(twin)(TASKS, x, y))
+    assert asked == [TASKS] * 3
+    assert_equal(snapshot(model), snapshot(twin))
+    with pytest.raises(TypeError, match="batch"):
+        ready.step(make_losses(twin)(TASKS, x, y), x, y)
+
+
+@pytest.mark.parametrize("method", ["alternating", "independent"])
+def test_sequential_methods_ask_for_one_task_after_the_other_and_refuse_ready_losses(
+    method: str,
+) -> None:
+    model = Network()
+    optimizer = MAKERS[method](model, ["c", ("a", "b")])
+    asked = []
+
+    def losses(tasks: Any, x: Tensor, y: Any) -> dict[str, Tensor]:
+        asked.append(tasks)
+        return make_losses(model)(tasks, x, y)
+
+    values = optimizer.step(losses, *batches(1)[0])
+    assert asked == [("c",), ("a", "b")]
+    assert list(values) == ["c", "a", "b"]
+    with pytest.raises(TypeError, match=r"ready losses .*stale"):
+        optimizer.step(make_losses(model)(TASKS, *batches(1)[0]))
+
+
+@pytest.mark.parametrize("method", ["alternating", "independent", "simultaneous"])
+@pytest.mark.parametrize("arguments", [(), (None,)])
+def test_a_step_without_losses_is_refused_with_the_way_to_do_it(
+    method: str, arguments: Any
+) -> None:
+    with pytest.raises(TypeError, match=r"needs `losses`.*loss.backward\(\)"):
+        MAKERS[method](Network()).step(*arguments)
