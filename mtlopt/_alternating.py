@@ -19,7 +19,10 @@ class _Turn:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.param_groups = optimizer.param_groups
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
     def step(self, *args: Any) -> Any:
         return self.optimizer.step(*args)
@@ -85,6 +88,7 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
             check_finite=check_finite,
             process_group=process_group,
         )
+        self._turn = {task: cast(Optimizer, _Turn(self.base)) for task in self.tasks}
 
     def step(  # type: ignore[override]  # torch's closure is the keyword `closure` here
         self,
@@ -118,6 +122,6 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
                 # Eq. 2: this task's gradient is taken where the previous task's step ended.
                 gradient = partial(self._backward, function, task, batches)
                 if present := gradient():
-                    self._update(cast(Optimizer, _Turn(self.base)), task, present, gradient)
+                    self._update(self._turn[task], task, present, gradient)
                 values |= present
         return values

@@ -104,9 +104,12 @@ class CombiningOptimizer(WrappedOptimizer):
 
     def _update(self, values: dict[str, Tensor], again: Callable[[], dict[str, Tensor]]) -> None:
         if self._scaling is not None:
-            self._scaling.unscale_(self.base)
-            self._scaling.step(self.base)
-            self._scaling.update()
+            try:
+                # Unscaled before the hooks, which may clip.
+                self._scaling.unscale_(self.base)
+                self._scaling.step(self.base)
+            finally:
+                self._scaling.update()
         elif self._needs_closure:
             self.base.step(repeat(values, again))
         else:

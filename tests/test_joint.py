@@ -1,0 +1,100 @@
+"""JointOptimizer: weights, and the imperative form that replaces `.backward()`."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtlopt import JointOptimizer
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+
+
+def make(model: Network, **keywords: Any) -> JointOptimizer:
+    return JointOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), TASKS, **keywords)
+
+
+def twins() -> tuple[Network, Network]:
+    model, twin = Network(), Network()
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
+@pytest.mark.parametrize("forwards", ["joint", "per-task"])
+def test_the_gradient_is_the_weighted_sum_over_the_present_tasks(forwards: Any) -> None:
+    model = Network()
+    optimizer = make(model, weights={"a": 2.0, "c": 0.0}, forwards=forwards)
+    losses = make_losses(model)
+    (x, y), *_ = batches(1)
+    expected = torch.autograd.grad(
+        2.0 * losses(TASKS, x, y)["a"] + losses(TASKS, x, y)["b"], list(model.trunk.parameters())
+    )
+    optimizer.step(losses, x, y)
+    for p, g in zip(model.trunk.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-12, atol=1e-14)
+
+
+def test_weights_must_name_known_tasks() -> None:
+    with pytest.raises(ValueError, match=r"`weights` must name tasks among .*got \['fovea'\]"):
+        make(Network(), weights={"fovea": 1.0})
+    with pytest.raises(ValueError, match="`forwards` must be 'joint' or 'per-task', got 'both'"):
+        make(Network(), forwards="both")
+
+
+def test_backward_adds_to_the_gradients_and_step_applies_them_as_torch_does() -> None:
+    """Accumulation in torch's way: two halves, one step."""
+    model, twin = twins()
+    optimizer = make(model)
+    plain = torch.optim.Adam(twin.parameters(), lr=0.1)
+    for (x, y), (x2, y2) in zip(batches(6)[::2], batches(6)[1::2], strict=True):
+        optimizer.zero_grad()
+        plain.zero_grad()
+        for part in ((x, y), (x2, y2)):
+            optimizer.backward(make_losses(model)(TASKS, *part))
+            losses = make_losses(twin)(TASKS, *part)
+            (losses["a"] + losses["b"] + losses["c"]).backward()
+        assert optimizer.step() is None
+        plain.step()
+    assert_equal(snapshot(model), snapshot(twin))
+
+
+def test_step_takes_a_closure_as_torch_does() -> None:
+    """Lightning and others call `step(closure=...)`, `step(closure=None)` and `step(None)`."""
+    model, twin = twins()
+    optimizer, plain = make(model), torch.optim.Adam(twin.parameters(), lr=0.1)
+    (x, y), *_ = batches(1)
+
+    def closure(own: Any, network: Network) -> Tensor:
+        own.zero_grad()
+        total: Any = sum(make_losses(network)(TASKS, x, y).values())
+        total.backward()
+        return total
+
+    expected = plain.step(lambda: closure(plain, twin))  # type: ignore[arg-type,return-value]  # torch says float
+    assert torch.equal(optimizer.step(closure=lambda: closure(optimizer, model)), expected)
+    assert_equal(snapshot(model), snapshot(twin))
+    optimizer.step(closure=None)
+    optimizer.step(None)
+    plain.step()
+    plain.step()
+    assert_equal(snapshot(model), snapshot(twin))
+    with pytest.raises(TypeError, match="`closure` must be None beside `losses`"):
+        optimizer.step(lambda tasks: {}, closure=lambda: 0.0)
+    with pytest.raises(TypeError, match="`losses` must be given with a batch, got None"):
+        optimizer.step(None, x)
+
+
+def test_lbfgs_needs_a_function_to_evaluate_again() -> None:
+    model = Network()
+    optimizer = JointOptimizer(torch.optim.LBFGS(model.parameters()), TASKS)
+    with pytest.raises(TypeError, match=r"function losses\(tasks, \*batch\) for a class.*LBFGS"):
+        optimizer.step(make_losses(model)(TASKS, *batches(1)[0]))
+    calls = []
+
+    def fickle(tasks: Any, *batch: Any) -> Any:
+        calls.append(tasks)
+        losses = make_losses(model)(tasks, *batch)
+        return losses if len(calls) == 1 else {"a": losses["a"]}
+
+    with pytest.raises(ValueError, match=r"same tasks at every evaluation.*got \['a'\]"):
+        optimizer.step(fickle, *batches(1)[0])
