@@ -1,5 +1,6 @@
 """Follower: how one task's hyper-parameters follow those of the control panel."""
 
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -51,6 +52,26 @@ def copied(value: Any) -> Any:
     return value
 
 
+class _Snapshot:
+    """A group's hyper-parameters as they were, and whether they still are."""
+
+    def __init__(self, group: dict[str, Any], keys: list[str]) -> None:
+        self.marks = {key: fingerprint(group[key]) for key in keys}
+        self._get = itemgetter("params", *keys)  # At least two, so that it returns a tuple.
+        self._values = self._get(group)
+        self._immutable = all(_is_immutable(group[key]) for key in keys)
+
+    def holds(self, group: dict[str, Any]) -> bool:
+        """Whether every value is the same object; most steps need to ask no more than this."""
+        return self._immutable and all(map(is_, self._get(group), self._values))
+
+
+def _is_immutable(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_immutable(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 class Follower:
     """Passes on to one task's groups what changes in the panel's, but for overrides.
 
@@ -63,22 +84,23 @@ class Follower:
         self.own = own
         overrides = overrides or []
         self._overrides = [set(keys) for keys in overrides + [[]] * (len(panel) - len(overrides))]
-        self._keys = [[k for k in group if k in own.defaults] for group in own.param_groups]
-        self._panel: list[dict[str, Any]] = [self._snapshot(panel[i], i) for i in range(len(panel))]
-        self._given: list[dict[str, Any]] = []
-        self.accept()
+        self._keys = [
+            [key for key in group if key in own.defaults and key in source]
+            for group, source in zip(own.param_groups, panel, strict=True)
+        ]
+        self._panel = [_Snapshot(*pair) for pair in zip(panel, self._keys, strict=True)]
+        self._given = [_Snapshot(*pair) for pair in zip(own.param_groups, self._keys, strict=True)]
 
     @property
     def overrides(self) -> list[list[str]]:
         """Names of the overridden hyper-parameters of each group."""
         return [sorted(keys) for keys in self._overrides]
 
-    def _snapshot(self, group: dict[str, Any], i: int) -> dict[str, Any]:
-        return {key: fingerprint(group[key]) for key in self._keys[i] if key in group}
-
     def accept(self) -> None:
         """Takes the task's present values for given, after the optimizer wrote to them."""
-        self._given = [self._snapshot(group, i) for i, group in enumerate(self.own.param_groups)]
+        for i, (group, given) in enumerate(zip(self.own.param_groups, self._given, strict=True)):
+            if not given.holds(group):
+                self._given[i] = _Snapshot(group, self._keys[i])
 
     def follow(self, panel: Groups) -> None:
         """Copies what changed in the panel since the last time."""
@@ -88,18 +110,20 @@ class Follower:
                 f"got {len(self.own.param_groups)}: add groups to the panel, for all tasks."
             )
         for i, (source, own) in enumerate(zip(panel, self.own.param_groups, strict=True)):
-            given, seen, overrides = self._given[i], self._panel[i], self._overrides[i]
             if "initial_lr" in own:  # A scheduler is attached to this task alone.
-                overrides.add("lr")
-            for key in self._keys[i]:
-                if key not in overrides and fingerprint(own[key]) != given[key]:
-                    overrides.add(key)
-                mark = fingerprint(source[key])
-                if mark != seen[key]:
-                    seen[key] = mark
-                    if key not in overrides:
-                        self._give(own, key, source[key])
-                        given[key] = fingerprint(own[key])
+                self._overrides[i].add("lr")
+            if not (self._given[i].holds(own) and self._panel[i].holds(source)):
+                self._follow_group(i, source, own)
+
+    def _follow_group(self, i: int, source: dict[str, Any], own: dict[str, Any]) -> None:
+        given, seen = self._given[i].marks, self._panel[i].marks
+        for key in self._keys[i]:
+            if fingerprint(own[key]) != given[key]:
+                self._overrides[i].add(key)
+            if key not in self._overrides[i] and fingerprint(source[key]) != seen[key]:
+                _give(own, key, source[key])
+        self._given[i] = _Snapshot(own, self._keys[i])
+        self._panel[i] = _Snapshot(source, self._keys[i])
 
     def reset(self, panel: Groups) -> None:
         """Gives overridden hyper-parameters the panel's values again."""
@@ -107,16 +131,16 @@ class Follower:
         for i, (source, own) in enumerate(zip(panel, self.own.param_groups, strict=True)):
             own.pop("initial_lr", None)
             for key in self._overrides[i]:
-                self._give(own, key, source[key])
-                self._given[i][key] = fingerprint(own[key])
+                _give(own, key, source[key])
             self._overrides[i].clear()
+        self.accept()
 
-    @staticmethod
-    def _give(own: dict[str, Any], key: str, value: Any) -> None:
-        held = own[key]
-        if isinstance(value, Tensor) and isinstance(held, Tensor) and held.shape == value.shape:
-            # In place: compiled and captured steps hold on to the tensor.
-            with torch.no_grad():
-                held.copy_(value)
-        else:
-            own[key] = copied(value)
+
+def _give(own: dict[str, Any], key: str, value: Any) -> None:
+    held = own[key]
+    if isinstance(value, Tensor) and isinstance(held, Tensor) and held.shape == value.shape:
+        # In place: compiled and captured steps hold on to the tensor.
+        with torch.no_grad():
+            held.copy_(value)
+    else:
+        own[key] = copied(value)

@@ -65,11 +65,11 @@ def scaled(gradients: Gradients, factor: float) -> Gradients:
     return [None if gradient is None else gradient * factor for gradient in gradients]
 
 
-def norm(gradients: Gradients) -> Tensor:
-    """Returns the Euclidean norm over all tensors, a scalar on their device."""
+def norms(gradients: Gradients) -> list[Tensor]:
+    """Returns the Euclidean norm of each tensor that is there, in one pass over them."""
     dense = [
         gradient.coalesce().values() if gradient.is_sparse else gradient
         for gradient in gradients
         if gradient is not None
     ]
-    return torch.nn.utils.get_total_norm(dense)
+    return list(torch._foreach_norm(dense)) if dense else []

@@ -37,7 +37,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
             raise ValueError(f"`order` must be 'fixed' or 'shuffled', got {order!r}.")
         self.order = order
         self.generator = torch.Generator().manual_seed(0)
-        self._seen: dict[Task, tuple[Tensor | None, Tensor | None]] = {}
+        self._seen: dict[Task, tuple[list[Tensor], Tensor | None]] = {}
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns, for the tasks in order, what the last step on losses saw.
@@ -49,11 +49,13 @@ class SequentialOptimizer(MultiTaskOptimizer):
         """
         if not self._seen:
             return {}
-        seen = [self._seen.get(task, (None, None)) for task in self.tasks]
-        first = next(norm for norm, _ in self._seen.values() if norm is not None)
-        nan, no = first.new_tensor(float("nan")), first.new_tensor(False, dtype=torch.bool)
+        zero = self._parameters[0].detach().new_zeros(())
+        nan, no = zero / zero, zero > 0
+        seen = [self._seen.get(task, ([nan], None)) for task in self.tasks]
         return {
-            "gradient_norms": torch.stack([nan if norm is None else norm for norm, _ in seen]),
+            "gradient_norms": torch.stack(
+                [torch.linalg.vector_norm(torch.stack([zero, *norms])) for norms, _ in seen]
+            ),
             "skipped": torch.stack([no if flag is None else flag for _, flag in seen]),
         }
 
@@ -165,7 +167,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
     ) -> None:
         """Moves the weights by one task's step; a gradient that overflowed is skipped."""
         skipped = self._unscale(optimizer)
-        self._seen[task] = (_gradients.norm([p.grad for p in self._parameters]), skipped)
+        self._seen[task] = (_gradients.norms([p.grad for p in self._parameters]), skipped)
         if self._scaling is not None:
             self._scaling.step(optimizer)
         elif self._needs_closure and again is not None:

@@ -343,7 +343,7 @@ def test_a_scaler_changes_nothing_without_an_overflow(method: str, optimizer_cla
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_overflow_skips_the_tasks_own_step_or_the_joint_one(method: str, fused: bool) -> None:
     """The scale shrinks once a step, and is left alone by a step without any task."""
-    model = Network()
+    model: Any = Network()
     amp = scaler()
     optimizer = MAKERS[method](model, c=lambda p, **k: AdamW(p, fused=fused, **k), scaler=amp)
     losses = make_losses(model)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import mtlopt
@@ -80,7 +80,7 @@ def work(rank: int, method: str, folder: str) -> None:
 def test_ranks_with_other_labels_equal_one_process_on_the_joined_batch(
     method: str, tmp_path: Path
 ) -> None:
-    mp.start_processes(work, (method, str(tmp_path)), nprocs=2, start_method="spawn")  # type: ignore[no-untyped-call]  # torch
+    spawn(work, (method, str(tmp_path)), nprocs=2)
     (first, values), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -113,4 +113,4 @@ def lack(rank: int, folder: str) -> None:
 @pytest.mark.filterwarnings("ignore:find_unused_parameters")  # DDP's hint, not ours
 def test_a_task_that_one_rank_lacks_is_an_error_on_all_ranks_not_a_deadlock(tmp_path: Path) -> None:
     """Under DDP the backward passes of the ranks must match."""
-    mp.start_processes(lack, (str(tmp_path),), nprocs=2, start_method="spawn")  # type: ignore[no-untyped-call]  # torch
+    spawn(lack, (str(tmp_path),), nprocs=2)

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mtlopt import JointOptimizer
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
@@ -64,14 +63,15 @@ def test_step_takes_a_closure_as_torch_does() -> None:
     optimizer, plain = make(model), torch.optim.Adam(twin.parameters(), lr=0.1)
     (x, y), *_ = batches(1)
 
-    def closure(own: Any, network: Network) -> Tensor:
+    def closure(own: Any, network: Network) -> Any:
         own.zero_grad()
         total: Any = sum(make_losses(network)(TASKS, x, y).values())
         total.backward()
         return total
 
-    expected = plain.step(lambda: closure(plain, twin))  # type: ignore[arg-type,return-value]  # torch says float
-    assert torch.equal(optimizer.step(closure=lambda: closure(optimizer, model)), expected)
+    expected: Any = plain.step(lambda: closure(plain, twin))
+    returned: Any = optimizer.step(closure=lambda: closure(optimizer, model))
+    assert torch.equal(returned, expected)
     assert_equal(snapshot(model), snapshot(twin))
     optimizer.step(closure=None)
     optimizer.step(None)
