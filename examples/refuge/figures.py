@@ -114,7 +114,7 @@ def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def _show(ax: Axes, photographs: Photographs, row: int) -> None:
-    ax.imshow(photographs.pictures[row].permute(1, 2, 0).cpu().numpy())
+    ax.imshow(photographs.pictures[row].permute(1, 2, 0).cpu().numpy(), interpolation="bicubic")
 
 
 def _outline(ax: Axes, mask: NDArray[np.bool_], colour: str, style: str) -> None:

@@ -27,11 +27,11 @@ class Settings:
 
     data: str = "phantom"
     method: str = "independent"
-    epochs: int = 30
+    epochs: int = 16
     lr: float = 1e-3
     batch_size: int = 8
     width: int = 16
-    size: int = 96
+    size: int = 64
     seed: int = 0
     norm: str = "batch"
     group_size: int = 1
@@ -85,6 +85,9 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
     """
     given = vars(_parser().parse_args(arguments))
     out, resume = given.pop("out", None), given.pop("resume", False)
+    if given.get("data", "phantom") != "phantom":
+        # A run may be resumed from elsewhere.
+        given["data"] = str(Path(given["data"]).resolve())
     if resume:
         if out is None:
             raise InputError("`--resume` needs `--out`, the folder of the run to go on with.")

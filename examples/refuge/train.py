@@ -6,8 +6,9 @@ import os
 import signal
 
 if __name__ == "__main__":
-    # The imports below take seconds, and Ctrl-C shall end without a traceback then too.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    # The imports below take seconds, and Ctrl-C shall end in one line then too.
+    early = b"train.py: interrupted; nothing was written\n"
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, early), os._exit(130)))
 
 import csv
 import io
@@ -91,7 +92,7 @@ def train(settings: Settings, out: Path, resume: bool) -> None:
         resume: Go on from `last.pt` where there is one.
     """
     splits = load_splits(settings.data, settings.size, settings.seed, out.parent / ".cache")
-    source = "synthetic phantoms" if settings.data == "phantom" else settings.data
+    source = "synthetic phantoms" if settings.data == "phantom" else Path(settings.data).name
     pictures = splits["train"]
     iterations = len(pictures) // settings.batch_size
     if iterations == 0:
@@ -156,7 +157,8 @@ def train(settings: Settings, out: Path, resume: bool) -> None:
                 metrics = judge(model, splits["val"]).metrics
                 row["score"] = score(metrics, settings.size)
                 row |= {f"val_{key}": value for key, value in metrics.items()}
-                tqdm.write(f"epoch {state.epoch} of {settings.epochs}: score {row['score']}")
+                shown = "-" if row["score"] is None else f"{row['score']:.3f}"
+                tqdm.write(f"epoch {state.epoch} of {settings.epochs}: score {shown}")
                 if state.is_best(row["score"]):
                     save_checkpoint(
                         out / "best.pt",

@@ -86,6 +86,15 @@ def test_other_norms_judge_a_picture_the_same_alone_or_in_a_batch(norm: str) -> 
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 
+def test_dense_heads_start_from_a_mostly_empty_picture() -> None:
+    """A prior of one in a hundred; glaucoma starts undecided."""
+    heads = MultiTaskUNet(width=2).heads
+    for task in TASKS[:3]:
+        bias = heads[task].bias
+        assert isinstance(bias, torch.Tensor)
+        torch.testing.assert_close(bias.sigmoid(), torch.tensor([0.01]))
+
+
 def test_bad_tasks_and_norms_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`tasks` must be a non-empty subset .* got \('rim',\)"):
         MultiTaskUNet(["rim"])
