@@ -21,7 +21,6 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"mtlopt {release}"
-html_static_path = ["_static"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
