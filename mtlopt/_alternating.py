@@ -114,6 +114,8 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
             ValueError: If a loss is not a scalar with a graph, or was not asked for. The earlier
                 tasks have stepped then.
         """
+        if closure is not None:
+            raise TypeError("`closure` must be None: each task has a loss of its own in `losses`.")
         batches = self._batches(losses, batch, micro_batches)
         function = cast(LossesFunction, losses)
         values: dict[str, Tensor] = {}

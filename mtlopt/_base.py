@@ -4,14 +4,15 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt._losses import LossesFunction, ReadyLosses, Task, check_tasks, sum_tensors
+from mtlopt._distributed import broadcast_parameters
+from mtlopt._losses import LossesFunction, ReadyLosses, Task, check_tasks
 
 FORMAT = 1
 """Version of the entry `mtlopt` in state dicts."""
@@ -79,7 +80,16 @@ class MultiTaskOptimizer(Optimizer):
 
     @property
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        each = dict.fromkeys(p for group in self.param_groups for p in group["params"])
+        return [p for p in each if p.requires_grad]
+
+    @property
+    def _device(self) -> torch.device:
+        return cast(torch.device, self.param_groups[0]["params"][0].device)
+
+    def _broadcast(self, groups: list[dict[str, Any]]) -> None:
+        if self.process_group is not None:
+            broadcast_parameters([p for g in groups for p in g["params"]], self.process_group)
 
     def _note_step(self) -> None:
         # A scheduler on an inner optimizer asks whether a step came first. It did, even where the
@@ -104,6 +114,8 @@ class MultiTaskOptimizer(Optimizer):
         # The scaler's own record, not public: asking for it forces no synchronisation.
         found = self._scaling._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         flags = list(found.values())
+        if not flags:  # No gradient of the optimizer's parameters.
+            return None
         return torch.stack([flag.to(flags[0].device) for flag in flags]).sum() > 0
 
     # State dicts: torch's hooks around each method's own collecting and restoring.
@@ -140,7 +152,10 @@ class MultiTaskOptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        self._check_state(state_dict)
+        try:
+            self._check_state(state_dict)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"`state_dict` must be whole, got one with {error!r}.") from error
         owners = (self, *self._inner_optimizers())
         kept = [dict(vars(owner)) for owner in owners]
         drawn = None if self.generator is None else self.generator.get_state()
@@ -150,12 +165,14 @@ class MultiTaskOptimizer(Optimizer):
             if self.generator is not None and saved is not None:
                 # A generator's state stays on the CPU, wherever `map_location` put it.
                 self.generator.set_state(saved.cpu())
-        except BaseException:
+        except BaseException as error:
             for owner, attributes in zip(owners, kept, strict=True):
                 vars(owner).clear()
                 vars(owner).update(attributes)
             if self.generator is not None and drawn is not None:
                 self.generator.set_state(drawn)
+            if isinstance(error, (AttributeError, IndexError, KeyError, TypeError)):
+                raise ValueError(f"`state_dict` must be whole, got one with {error!r}.") from error
             raise
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -171,7 +188,11 @@ class MultiTaskOptimizer(Optimizer):
         return {
             "format": FORMAT,
             "method": type(self).__name__,
-            "tasks": list(self.tasks),
+            # Plain strings, whatever subclass the names are: a file is loaded with weights only.
+            "tasks": [
+                "".join(task) if isinstance(task, str) else tuple(map("".join, task))
+                for task in self.tasks
+            ],
             "optimizer": type(self._inner_optimizers()[0]).__qualname__,
             "shapes": [[list(p.shape) for p in group["params"]] for group in self.param_groups],
         }
@@ -192,6 +213,8 @@ class MultiTaskOptimizer(Optimizer):
         saved = state_dict.get("mtlopt")
         if saved is None:
             return
+        if self.generator is not None:
+            saved["generator"].cpu()
         for entry, value in self._identity().items():
             if _as_lists(saved.get(entry)) != _as_lists(value):
                 raise ValueError(
@@ -226,12 +249,17 @@ def needs_closure(optimizer: Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def repeat(values: dict[str, Tensor], again: Callable[[], dict[str, Tensor]]) -> Callable[[], Any]:
+def repeat(
+    values: dict[str, Tensor],
+    again: Callable[[], dict[str, Tensor]],
+    objective: Callable[[dict[str, Tensor]], Tensor],
+) -> Callable[[], Any]:
     """Makes a closure in torch's sense of a gradient that has been taken once already.
 
     Args:
         values: The losses of the first evaluation, whose gradient is in `.grad`.
         again: Takes the gradient anew and returns the losses there.
+        objective: Makes of the losses what the gradient is the gradient of.
     """
     first = [values]
 
@@ -242,7 +270,7 @@ def repeat(values: dict[str, Tensor], again: Callable[[], dict[str, Tensor]]) ->
                 "`losses` must bring the same tasks at every evaluation of one step, "
                 f"{list(values)}, got {list(present)}."
             )
-        return sum_tensors(list(present.values()))
+        return objective(present)
 
     return closure
 

@@ -1,7 +1,7 @@
 """CombiningOptimizer: the methods that make one step of all tasks' gradients."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._base import repeat
-from mtlopt._collect import Forwards
-from mtlopt._distributed import broadcast_parameters
-from mtlopt._losses import LossesFunction, ReadyLosses, Task, list_batches
+from mtlopt._collect import Forwards, collect
+from mtlopt._gradients import Gradients, add, put
+from mtlopt._losses import LossesFunction, ReadyLosses, Task, list_batches, sum_tensors
 from mtlopt._wrapper import WrappedOptimizer
 
 Batches = list[tuple[Any, ...]]
+
+
+def as_it_arrives(loss: Tensor) -> Tensor:
+    """The scale of losses in the imperative form, where the user's scaler has been applied."""
+    return loss
 
 
 class CombiningOptimizer(WrappedOptimizer):
@@ -28,8 +33,19 @@ class CombiningOptimizer(WrappedOptimizer):
         if forwards not in ("joint", "per-task"):
             raise ValueError(f"`forwards` must be 'joint' or 'per-task', got {forwards!r}.")
         self.forwards = forwards
-        if self.process_group is not None:
-            broadcast_parameters(self._parameters, self.process_group)
+        self._broadcast(self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the wrapped optimizer, with the first rank's parameters."""
+        super().add_param_group(param_group)
+        self._broadcast(self.param_groups[-1:])
+
+    def _refuse_closures(self) -> None:
+        if self._needs_closure:
+            raise ValueError(
+                "`optimizer` must not need a closure, whose evaluations would each be combined "
+                f"anew, got {type(self.base).__name__}."
+            )
 
     @abstractmethod
     def _add_gradient(
@@ -38,7 +54,35 @@ class CombiningOptimizer(WrappedOptimizer):
         batches: Batches,
         scale: Callable[[Tensor], Tensor],
     ) -> dict[str, Tensor]:
-        """Adds the combined gradient to `.grad`; returns the values of the present tasks."""
+        """Adds the combined gradient to `.grad`; returns the values of the present tasks.
+
+        `scale` is applied to each loss; with `as_it_arrives` the user's scaler has been already.
+        """
+
+    def _objective(self, values: dict[str, Tensor]) -> Tensor:
+        """What the gradient is the gradient of, for a class that searches along a line."""
+        return sum_tensors(list(values.values()))
+
+    def _stepped(self, skipped: Tensor | None) -> None:
+        """Called after each update, or what a scaler skipped of it."""
+
+    def _collect(
+        self,
+        losses: LossesFunction | ReadyLosses,
+        batches: Batches,
+        scale: Callable[[Tensor], Tensor],
+        tasks: Sequence[Task] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[Task, Gradients]]:
+        return collect(
+            losses,
+            tasks or self.tasks,
+            batches,
+            self._parameters,
+            check_finite=self.check_finite,
+            scale=scale,
+            group=self.process_group,
+            forwards=self.forwards,
+        )
 
     def step(  # type: ignore[override]  # torch's closure is the keyword `closure` here
         self,
@@ -70,6 +114,7 @@ class CombiningOptimizer(WrappedOptimizer):
             if batch or micro_batches is not None:
                 raise TypeError("`losses` must be given with a batch, got None.")
             result: Any = self.base.step() if closure is None else self.base.step(closure)
+            self._stepped(None)
             return result  # type: ignore[no-any-return]  # torch's form returns torch's value
         if closure is not None:
             raise TypeError("`closure` must be None beside `losses`: they say the same.")
@@ -93,7 +138,7 @@ class CombiningOptimizer(WrappedOptimizer):
         Args:
             losses: Mapping from task to a scalar loss, (loss, count) or None, of one forward pass.
         """
-        self._add_gradient(losses, [()], lambda loss: loss)
+        self._add_gradient(losses, [()], as_it_arrives)
 
     @torch.enable_grad()
     def _fresh_gradient(
@@ -102,15 +147,21 @@ class CombiningOptimizer(WrappedOptimizer):
         self.zero_grad()
         return self._add_gradient(losses, batches, self._scale)
 
+    def _add(self, gradient: Gradients) -> None:
+        parameters = self._parameters
+        put(parameters, add([parameter.grad for parameter in parameters], gradient))
+
     def _update(self, values: dict[str, Tensor], again: Callable[[], dict[str, Tensor]]) -> None:
+        skipped = None
         if self._scaling is not None:
             try:
                 # Unscaled before the hooks, which may clip.
-                self._scaling.unscale_(self.base)
+                skipped = self._unscale(self.base)
                 self._scaling.step(self.base)
             finally:
                 self._scaling.update()
         elif self._needs_closure:
-            self.base.step(repeat(values, again))
+            self.base.step(repeat(values, again, self._objective))
         else:
             self.base.step()
+        self._stepped(skipped)

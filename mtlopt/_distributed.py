@@ -1,10 +1,12 @@
 """What the ranks of a process group agree on, and the sum of their gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mtlopt._losses import Loss, mean
 
 BUCKET_BYTES = 25 * 2**20  # The size of a bucket in DistributedDataParallel.
 
@@ -22,6 +24,46 @@ def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(values, group=group)
     return values
+
+
+def agree(
+    seen: Mapping[str, Sequence[Loss]],
+    group: dist.ProcessGroup | None,
+    on_every_rank: bool = False,
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Adds up the tasks' counts and averages their losses, over batches and ranks.
+
+    Args:
+        seen: Each task's losses on this rank; those with a count of 0 count for nothing.
+        group: The ranks, or None for this process alone.
+        on_every_rank: Whether each rank must have brought a present task, if with a count of 0.
+
+    Returns:
+        The counts by name, and the averages of the tasks present.
+    """
+    counts = {name: sum(loss.samples for loss in losses) for name, losses in seen.items()}
+    if group is None:
+        return counts, {name: mean(losses) for name, losses in seen.items() if counts[name]}
+    like = next((loss.value for losses in seen.values() for loss in losses), torch.zeros(()))
+    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    totals = torch.zeros(3, len(seen), dtype=torch.float64, device=device)
+    for i, (name, losses) in enumerate(seen.items()):
+        for loss in losses:
+            if loss.samples:
+                totals[0, i] += loss.value.detach().to(totals) * loss.samples
+        totals[1, i] = counts[name]
+        totals[2, i] = not losses
+    sums, all_counts, lacking = sum_over_ranks(totals, group)
+    counts = dict(zip(seen, map(int, all_counts.tolist()), strict=True))
+    for name, ranks in zip(seen, lacking.tolist(), strict=True):
+        if on_every_rank and counts[name] and ranks:
+            raise ValueError(
+                f"`losses` must bring task {name!r} on every rank or on none, got None on "
+                f"{ranks:.0f} ranks: the backward passes of the ranks would not match. On a "
+                "rank without labels return `(outputs.sum() * 0, 0)`."
+            )
+    averages = zip(seen, (sums / all_counts).to(like), strict=True)
+    return counts, {name: average for name, average in averages if counts[name]}
 
 
 def sum_gradients(

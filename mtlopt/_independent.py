@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from mtlopt import _gradients
 from mtlopt._collect import collect
-from mtlopt._distributed import broadcast_parameters
-from mtlopt._losses import LossesFunction, ReadyLosses, Task, check_tasks, list_batches
+from mtlopt._losses import LossesFunction, ReadyLosses, Task, check_tasks, list_batches, names_of
 from mtlopt._panel import Panel
 from mtlopt._sequential import Order
 
@@ -113,8 +112,8 @@ class IndependentOptimizer(Panel):
                 "`schedule` must be 'sequential' for a class that needs a closure, "
                 f"got 'simultaneous' for {type(self[self.tasks[0]]).__name__}."
             )
-        if process_group is not None and schedule == "simultaneous":
-            broadcast_parameters(self._parameters, process_group)
+        if schedule == "simultaneous":
+            self._broadcast(self.param_groups)
 
     def step(  # type: ignore[override]  # torch's closure is the keyword `closure` here
         self,
@@ -141,6 +140,8 @@ class IndependentOptimizer(Panel):
             ValueError: If a loss is not a scalar with a graph, or was not asked for. With
                 "sequential" the earlier tasks have stepped then.
         """
+        if closure is not None:
+            raise TypeError("`closure` must be None: each task has a loss of its own in `losses`.")
         if self.schedule == "simultaneous" and losses is not None:
             return self._step_simultaneously(losses, list_batches(losses, batch, micro_batches))
         batches = self._batches(losses, batch, micro_batches)
@@ -201,7 +202,7 @@ def random_groups(
     References:
         Pascal et al., 2021 (arXiv 2109.11678).
     """
-    names = cast(tuple[str, ...], check_tasks(tasks))
+    names = names_of(*check_tasks(tasks))
     if not 1 <= size <= len(names):
         raise ValueError(
             f"`size` must be between 1 and {len(names)} (the number of tasks), got {size}."

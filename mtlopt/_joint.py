@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt import _gradients
-from mtlopt._collect import Forwards, agree, collect
+from mtlopt._collect import Forwards
 from mtlopt._combining import Batches, CombiningOptimizer
-from mtlopt._distributed import sum_gradients
+from mtlopt._distributed import agree, sum_gradients
 from mtlopt._losses import (
     LossesFunction,
     ReadyLosses,
@@ -80,7 +80,7 @@ class JointOptimizer(CombiningOptimizer):
             process_group=process_group,
         )
         names = names_of(*self.tasks)
-        unknown = sorted(set(weights or {}) - set(names))
+        unknown = [name for name in weights or {} if name not in names]
         if unknown:
             raise ValueError(
                 f"`weights` must name tasks among {list(names)}, got {unknown} beside them."
@@ -91,19 +91,26 @@ class JointOptimizer(CombiningOptimizer):
         """Returns nothing: one backward pass of the sum tells no task from another."""
         return {}
 
+    def _objective(self, values: dict[str, Tensor]) -> Tensor:
+        return sum_tensors([weighted(value, self.weights[k]) for k, value in values.items()])
+
     def _add_gradient(
         self,
         losses: LossesFunction | ReadyLosses,
         batches: Batches,
         scale: Callable[[Tensor], Tensor],
     ) -> dict[str, Tensor]:
-        if len(batches) > 1 or self.forwards == "per-task":
-            return self._add_collected(losses, batches, scale)
+        if self.forwards == "per-task" and callable(losses):
+            values: dict[str, Tensor] = {}
+            for name in self.weights:
+                values |= self._add_collected(losses, (name,), batches, scale)
+            return values
+        if len(batches) > 1:
+            return self._add_collected(losses, tuple(self.weights), batches, scale)
         present = evaluate(losses, tuple(self.weights), batches[0], self.check_finite)
         parameters = self._parameters
         counts, values = agree(
             {name: [present[name]] if name in present else [] for name in self.weights},
-            parameters[0].device,
             self.process_group,
         )
         # Eq. 1: one backward pass of the weighted sum, over the tasks present.
@@ -112,36 +119,27 @@ class JointOptimizer(CombiningOptimizer):
             for name, loss in present.items()
             if loss.samples
         ]
+        total = [scale(sum_tensors(terms))] if terms else []
         if self.process_group is None:
-            if terms:
-                _gradients.backward(scale(sum_tensors(terms)))
+            for loss in total:
+                _gradients.backward(loss)
         elif values:
-            earlier = _gradients.take(parameters)
-            if terms:
-                _gradients.backward(scale(sum_tensors(terms)))
-            own = sum_gradients(_gradients.take(parameters), parameters, self.process_group)
-            _gradients.put(parameters, _gradients.add(earlier, own))
+            own = list(_gradients.differentiate(total, parameters))
+            self._add(
+                sum_gradients(
+                    own[0] if own else [None] * len(parameters), parameters, self.process_group
+                )
+            )
         return values
 
     def _add_collected(
         self,
         losses: LossesFunction | ReadyLosses,
+        names: tuple[str, ...],
         batches: Batches,
         scale: Callable[[Tensor], Tensor],
     ) -> dict[str, Tensor]:
-        parameters = self._parameters
-        values, collected = collect(
-            losses,
-            tuple(self.weights),
-            batches,
-            parameters,
-            check_finite=self.check_finite,
-            scale=scale,
-            group=self.process_group,
-            forwards=self.forwards,
-        )
-        total = [parameter.grad for parameter in parameters]
+        values, collected = self._collect(losses, batches, scale, names)
         for name in values:
-            total = _gradients.add(total, _gradients.scaled(collected[name], self.weights[name]))
-        _gradients.put(parameters, total)
+            self._add(_gradients.scaled(collected.pop(name), self.weights[name]))
         return values

@@ -164,6 +164,6 @@ def _check_loss(name: str, loss: Any, check_finite: bool) -> Loss:
             f"The loss of task {name!r} must have a graph to differentiate, got a tensor without "
             "one: it depends on no parameter that requires a gradient, or was detached."
         )
-    if check_finite and not torch.isfinite(value):
+    if check_finite and count and not torch.isfinite(value):
         raise ValueError(f"The loss of task {name!r} must be finite, got {value.item()}.")
     return Loss(value.reshape(()), count)

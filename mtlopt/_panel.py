@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         self.defaults = copied(first.defaults)
         self.state = defaultdict(dict)
         self.param_groups = [_copied_group(group) for group in first.param_groups]
+        self._forget_schedulers()
         super().__init__(tasks, **shared)
         self._follow([None] * len(tasks))
         self._hook()
@@ -78,12 +80,15 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         for hook in self._optimizer_step_pre_hooks.values():
             changed = hook(optimizer, args, kwargs)
             if changed is not None:
+                if not isinstance(changed, tuple):
+                    raise TypeError(f"A step pre-hook must return (args, kwargs), got {changed!r}.")
                 result = args, kwargs = changed
         return result
 
     def _after_update(self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._followers[task].accept()
-        self._opt_called = True  # A scheduler on the panel asks whether a step came first.
+        self._opt_called = True  # A scheduler on the panel asks whether a step came first,
+        self._note_step()  # and so does one on a task that this batch lacks.
         for hook in self._optimizer_step_post_hooks.values():
             hook(optimizer, args, kwargs)
 
@@ -105,11 +110,18 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         Args:
             param_group: As torch takes it.
         """
+        self._follow_all()
         param_group = _copied_group(param_group)
-        for optimizer in self._optimizers.values():
-            optimizer.add_param_group(_copied_group(param_group))
-        added = self._optimizers[self.tasks[0]].param_groups[-1]
-        self.param_groups.append(_copied_group(added))
+        inner = self._inner_optimizers()
+        try:
+            for optimizer in inner:
+                optimizer.add_param_group(_copied_group(param_group))
+        except BaseException:
+            for optimizer in inner:
+                del optimizer.param_groups[len(self.param_groups) :]
+            raise
+        self.param_groups.append(_copied_group(inner[0].param_groups[-1]))
+        self._forget_schedulers(slice(-1, None))
         self._follow([follower.overrides for follower in self._followers.values()])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -138,9 +150,21 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         self._switch("eval")
 
     def _switch(self, mode: str) -> None:
+        self._follow_all()
         for task, optimizer in self._optimizers.items():
-            getattr(optimizer, mode, lambda: None)()
-            self._followers[task].accept()
+            if hasattr(optimizer, mode):
+                getattr(optimizer, mode)()
+                self._followers[task].accept()
+
+    def _follow_all(self) -> None:
+        for follower in self._followers.values():
+            follower.follow(self.param_groups)
+
+    def _forget_schedulers(self, groups: slice = slice(None)) -> None:
+        # `initial_lr` in a task's own group says that a scheduler is attached to that task alone.
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups[groups]:
+                group.pop("initial_lr", None)
 
     # State, copies and pickles.
 
@@ -148,8 +172,7 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         return list(self._optimizers.values())
 
     def _collect_state(self) -> dict[str, Any]:
-        for follower in self._followers.values():
-            follower.follow(self.param_groups)
+        self._follow_all()
         groups, start = [], 0
         for group in self.param_groups:
             indices = list(range(start, start + len(group["params"])))
@@ -167,10 +190,16 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         saved = state_dict.get("mtlopt")
         states = [state_dict] * len(self) if saved is None else saved["optimizers"]
         for optimizer, state in zip(self._inner_optimizers(), states, strict=True):
-            optimizer.load_state_dict(state)
+            # A copy, since torch keeps tensors that it need not cast.
+            optimizer.load_state_dict(deepcopy(state))
+        if saved is None:
+            self._forget_schedulers()
+        first = self._optimizers[self.tasks[0]].param_groups
         self.param_groups = [
-            {**_copied_group(new), "params": group["params"]}
-            for new, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+            {**_copied_group(own), **_copied_group(new), "params": old["params"]}
+            for own, new, old in zip(
+                first, state_dict["param_groups"], self.param_groups, strict=True
+            )
         ]
         self._follow([None] * len(self) if saved is None else saved["overrides"])
 

@@ -1,5 +1,6 @@
 """SequentialOptimizer: the methods that step through the tasks in turn."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from mtlopt import _gradients
 from mtlopt._base import MultiTaskOptimizer, repeat
-from mtlopt._distributed import sum_over_ranks
+from mtlopt._distributed import agree
 from mtlopt._losses import (
     Loss,
     LossesFunction,
@@ -38,6 +39,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         self.order = order
         self.generator = torch.Generator().manual_seed(0)
         self._seen: dict[Task, tuple[list[Tensor], Tensor | None]] = {}
+        self._reduced: set[Task] = set()
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns, for the tasks in order, what the last step on losses saw.
@@ -49,12 +51,12 @@ class SequentialOptimizer(MultiTaskOptimizer):
         """
         if not self._seen:
             return {}
-        zero = self._parameters[0].detach().new_zeros(())
-        nan, no = zero / zero, zero > 0
+        zero = torch.zeros((), device=self._device)
+        nan, no = torch.full_like(zero, float("nan")), zero > 0
         seen = [self._seen.get(task, ([nan], None)) for task in self.tasks]
         return {
             "gradient_norms": torch.stack(
-                [torch.linalg.vector_norm(torch.stack([zero, *norms])) for norms, _ in seen]
+                [torch.stack(norms).norm() if norms else zero for norms, _ in seen]
             ),
             "skipped": torch.stack([no if flag is None else flag for _, flag in seen]),
         }
@@ -90,7 +92,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         if len(batches) > 1:
             return self._accumulate(losses, names_of(task), batches)
         present = evaluate(losses, names_of(task), batches[0], self.check_finite)
-        counts = self._total_counts(present, names_of(task))
+        counts, values = self._agree(present, names_of(task))
         terms = [
             weighted(loss.value, self._share(loss.samples, counts[name]))
             for name, loss in present.items()
@@ -98,56 +100,73 @@ class SequentialOptimizer(MultiTaskOptimizer):
         ]
         if terms:
             _gradients.backward(self._scale(sum_tensors(terms)))
-        return {name: loss.value.detach() for name, loss in present.items() if counts[name]}
+        return values
 
     def _accumulate(
         self, losses: LossesFunction, names: tuple[str, ...], batches: Batches
     ) -> dict[str, Tensor]:
-        """Sums the gradients over micro-batches, each task's averaged by its own count."""
+        """Sums the gradients over micro-batches, each task's averaged by its own count.
+
+        Each name has forward passes of its own: under DDP one forward allows one backward pass.
+        """
         parameters = self._parameters
         values: dict[str, Tensor] = {}
         gradients: _gradients.Gradients = [None] * len(parameters)
         for name in names:
             seen: list[Loss] = []
-            total = 0
             for batch in batches:
                 present = evaluate(losses, (name,), batch, self.check_finite)
-                count = self._total_counts(present, (name,))[name]
-                if count:
+                counts, averages = self._agree(present, (name,))
+                if averages:
+                    seen.append(Loss(averages[name], counts[name]))
                     loss = present[name]
-                    weight = self._share(loss.samples, count) * count
+                    # Counts relative to the first one: a float16 gradient would overflow.
+                    share = self._share(loss.samples, counts[name])
+                    weight = share * counts[name] / seen[0].samples
                     _gradients.backward(self._scale(weighted(loss.value, weight)))
-                    seen.append(Loss(loss.value.detach(), loss.samples))
-                    total += count
-            if total:
+            if seen:
                 values[name] = mean(seen)
-                own = _gradients.scaled(_gradients.take(parameters), 1 / total)
+                factor = seen[0].samples / sum(part.samples for part in seen)
+                own = _gradients.scaled(_gradients.take(parameters), factor)
                 gradients = _gradients.add(gradients, own)
         _gradients.put(parameters, gradients)
         return values
 
-    def _total_counts(self, present: dict[str, Loss], names: tuple[str, ...]) -> dict[str, int]:
-        """The tasks' counts over all ranks; 0 is absent."""
-        counts = [present[name].samples if name in present else 0 for name in names]
-        if self.process_group is None:
-            return dict(zip(names, counts, strict=True))
-        missing = [name not in present for name in names]
-        agreed = torch.tensor([counts, missing], device=self._parameters[0].device)
-        totals, lacking = sum_over_ranks(agreed, self.process_group).tolist()
-        for name, total, without in zip(names, totals, lacking, strict=True):
-            if total and without:
-                raise ValueError(
-                    f"`losses` must bring task {name!r} on every rank or on none, got None on "
-                    f"{without} ranks: the backward passes of the ranks would not match. On a "
-                    "rank without labels return `(outputs.sum() * 0, 0)`."
-                )
-        return dict(zip(names, totals, strict=True))
+    @property
+    def _ranks(self) -> dist.ProcessGroup | None:
+        """The ranks that agree on counts; all there are, if none were named."""
+        if self.process_group is None and dist.is_available() and dist.is_initialized():
+            return dist.group.WORLD if dist.get_world_size() > 1 else None
+        return self.process_group
+
+    def _agree(
+        self, present: dict[str, Loss], names: tuple[str, ...]
+    ) -> tuple[dict[str, int], dict[str, Tensor]]:
+        seen = {name: [present[name]] if name in present else [] for name in names}
+        return agree(seen, self._ranks, on_every_rank=True)
 
     def _share(self, count: int, total: int) -> float:
-        """A rank's weight, such that the mean over ranks is the mean over samples."""
-        if self.process_group is None:
-            return 1.0
-        return count * dist.get_world_size(self.process_group) / total
+        """A rank's weight, such that DDP's mean over ranks is the mean over samples."""
+        ranks = self._ranks
+        return 1.0 if ranks is None else count * dist.get_world_size(ranks) / total
+
+    def _check_reduced(self, task: Task, norms: list[Tensor]) -> None:
+        """Makes sure, once for each task, that the ranks' gradients are one."""
+        ranks = self._ranks
+        if ranks is None or task in self._reduced or any(hasattr(n, "to_local") for n in norms):
+            return  # FSDP's ranks each have a shard.
+        norm = torch.stack(norms).norm().double() if norms else torch.zeros(())
+        extremes = torch.stack([norm, -norm])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks)
+        largest, smallest = extremes.tolist()
+        if math.isfinite(largest) and largest != -smallest:
+            raise ValueError(
+                f"The gradients of task {task!r} must be the same on all ranks, got norms from "
+                f"{-smallest} to {largest}: wrap the model in DistributedDataParallel(model, "
+                "find_unused_parameters=True). Where each rank trains a model of its own, give "
+                "it a `process_group` of its own."
+            )
+        self._reduced.add(task)
 
     @contextmanager
     def _scaler_updated(self) -> Iterator[None]:
@@ -155,7 +174,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         try:
             yield
         finally:
-            if self._scaling is not None and self._seen:
+            if self._scaling is not None and any(s is not None for _, s in self._seen.values()):
                 self._scaling.update()
 
     def _update(
@@ -167,10 +186,12 @@ class SequentialOptimizer(MultiTaskOptimizer):
     ) -> None:
         """Moves the weights by one task's step; a gradient that overflowed is skipped."""
         skipped = self._unscale(optimizer)
-        self._seen[task] = (_gradients.norms([p.grad for p in self._parameters]), skipped)
-        if self._scaling is not None:
+        norms = _gradients.norms([p.grad for p in self._parameters])
+        self._check_reduced(task, norms)
+        self._seen[task] = (norms, skipped)
+        if self._scaling is not None and skipped is not None:
             self._scaling.step(optimizer)
         elif self._needs_closure and again is not None:
-            optimizer.step(repeat(values, again))
+            optimizer.step(repeat(values, again, lambda v: sum_tensors(list(v.values()))))
         else:
             optimizer.step()

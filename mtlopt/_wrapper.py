@@ -26,6 +26,16 @@ class WrappedOptimizer(MultiTaskOptimizer):
             )
         self.base = optimizer
         super().__init__(tasks, **shared)
+        self._hook()
+
+    def _hook(self) -> None:
+        # A scheduler on the wrapper asks whether a step came first, also one of the base's.
+        self.base.register_step_post_hook(lambda *_: setattr(self, "_opt_called", True))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "base" in state:
+            self._hook()
 
     def _inner_optimizers(self) -> list[Optimizer]:
         return [self.base]

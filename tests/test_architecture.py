@@ -14,11 +14,12 @@ PACKAGE = Path(mtlopt.__file__).parent
 
 # A module may import those of the lines before its own; a new one gets its place here.
 LAYERS = (
-    {"_distributed", "_follower", "_gradients", "_losses"},
+    {"_follower", "_gradients", "_losses"},
+    {"_distributed"},
     {"_base", "_collect"},
-    {"_sequential", "_wrapper"},
+    {"_conflicts", "_sequential", "_wrapper"},
     {"_combining", "_panel"},
-    {"_alternating", "_independent", "_joint"},
+    {"_aggregated", "_alternating", "_gradnorm", "_independent", "_joint", "_pcgrad"},
 )
 OPTIONAL = {"matplotlib", "torchjd"}  # may be imported where they are used, not with the package
 

@@ -139,7 +139,7 @@ def test_a_foreign_state_is_refused_and_changes_nothing(method: str, case: str) 
     train(optimizer, model, 2)
     before = flat(optimizer.state_dict())
     make, message = foreign_states()[case]
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(make(method))
     assert flat(optimizer.state_dict()) == before
 
@@ -151,7 +151,7 @@ def test_a_load_that_fails_at_the_last_task_leaves_the_first_as_they_were() -> N
     before = flat(optimizer.state_dict())
     broken = saved_after_training("independent")
     del broken["mtlopt"]["optimizers"][2]["state"]
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match=r"must be whole, got one with KeyError\('state'\)"):
         optimizer.load_state_dict(broken)
     assert flat(optimizer.state_dict()) == before
     train(optimizer, model)

@@ -73,12 +73,12 @@ def plain_loop(method: str, name: str, model: nn.Module, steps: int = STEPS) -> 
         if method == "joint":
             values = losses(TASKS, x, y)
             history.append([values[task].detach() for task in TASKS])
-            plain_step(optimizers[0], model, lambda: sum(losses(TASKS, x, y).values()))  # noqa: B023
+            plain_step(optimizers[0], model, lambda: sum(losses(TASKS, x, y).values()))
         else:
             row = []
             for k, task in enumerate(TASKS):
                 own = optimizers[k % count]
-                row.append(plain_step(own, model, lambda: losses((task,), x, y)[task]))  # noqa: B023
+                row.append(plain_step(own, model, lambda: losses((task,), x, y)[task]))
             history.append(row)
         for scheduler in schedulers:
             scheduler.step()
@@ -115,7 +115,7 @@ def test_with_one_task_a_method_is_the_class_itself(method: str, name: str) -> N
     optimizer = make(method, name, model, ["b"])
     losses, expected_losses = make_losses(model), make_losses(expected)
     for x, y in batches(5):
-        plain_step(plain, expected, lambda: expected_losses(("b",), x, y)["b"])  # noqa: B023
+        plain_step(plain, expected, lambda: expected_losses(("b",), x, y)["b"])
         optimizer.step(losses, x, y)
     assert_equal(snapshot(model), snapshot(expected))
 

@@ -70,7 +70,12 @@ def work(rank: int, method: str, folder: str) -> None:
     call = model
     if method in {"alternating", "independent"}:
         call = DistributedDataParallel(model, find_unused_parameters=True)
-    values = train(method, model, call, rank, process_group=dist.group.WORLD)
+        # The ranks that DDP reduces over are those that agree, without being named.
+        values = train(method, model, call, rank)
+    else:
+        frozen = torch.nn.Parameter(torch.randn(3), requires_grad=False)
+        model.register_parameter("frozen", frozen)
+        values = train(method, model, call, rank, process_group=dist.group.WORLD)
     torch.save((snapshot(model), values), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -90,12 +95,13 @@ def test_ranks_with_other_labels_equal_one_process_on_the_joined_batch(
     expected = train(method, model, model, None)
     for name, parameter in snapshot(model).items():
         torch.testing.assert_close(first[name], parameter, rtol=0, atol=1e-10)
-    if method in {"joint", "simultaneous"}:
-        for task, value in expected.items():
-            torch.testing.assert_close(values[task], value, rtol=1e-10, atol=0)
+    for task, value in expected.items():
+        torch.testing.assert_close(values[task], value, rtol=1e-10, atol=0)
+        assert not values[task].requires_grad
 
 
 def lack(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     model = Network()
     call = DistributedDataParallel(model, find_unused_parameters=True)
@@ -107,10 +113,20 @@ def lack(rank: int, folder: str) -> None:
 
     with pytest.raises(ValueError, match=r"'b' on every rank.*`\(outputs.sum\(\) \* 0, 0\)`"):
         optimizer.step(losses)
+
+    torch.manual_seed(rank)
+    bare = Network()
+    optimizer = make("independent", bare.parameters())
+
+    def alone(tasks: Any) -> dict[str, Any]:
+        return {t: bare(x, (t,))[t].sum() for t in tasks}
+
+    with pytest.raises(ValueError, match=r"same on all ranks.*wrap the model in Distributed"):
+        optimizer.step(alone)
     dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:find_unused_parameters")  # DDP's hint, not ours
-def test_a_task_that_one_rank_lacks_is_an_error_on_all_ranks_not_a_deadlock(tmp_path: Path) -> None:
-    """Under DDP the backward passes of the ranks must match."""
+def test_ranks_that_do_not_match_are_an_error_on_all_not_a_deadlock(tmp_path: Path) -> None:
+    """A task that one lacks, and a model that nobody wrapped in DDP."""
     spawn(lack, (str(tmp_path),), nprocs=2)

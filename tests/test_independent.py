@@ -3,7 +3,9 @@
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -406,3 +408,93 @@ def test_random_groups_differ_and_refuse_a_size_out_of_range() -> None:
     for size in (0, 4):
         with pytest.raises(ValueError, match=rf"`size` must be between 1 and 3 .*got {size}"):
             mtlopt.random_groups(TASKS, size)
+
+
+def test_a_plain_state_is_copied_for_every_task() -> None:
+    """One tensor in three states would be three tasks' moments mixed after all."""
+    model = Network()
+    plain = Adam(model.parameters(), lr=0.1)
+    make_losses(model)(("a",), *batches(1)[0])["a"].backward()
+    plain.step()
+    optimizer = make(model)
+    for state in (plain.state_dict(), make(model).state_dict()):
+        optimizer.load_state_dict(state)
+        step(optimizer, model)
+    optimizer.load_state_dict(plain.state_dict())
+    weight = model.trunk[0].weight
+    states = [own.state[weight] for own in (plain, *optimizer.values())]
+    for key in ("exp_avg", "step"):
+        assert len({state[key].data_ptr() for state in states}) == 4
+
+
+def test_an_initial_rate_in_the_panel_is_no_scheduler_of_a_task() -> None:
+    """As a group that is taken over, a plain checkpoint, or torch's way to resume brings it."""
+    model = Network()
+    plain = Adam(model.parameters(), lr=0.1)
+    lr_scheduler.StepLR(plain, 1)
+    resumed = IndependentOptimizer(Adam, plain.param_groups, TASKS)
+    lr_scheduler.StepLR(resumed, 1, last_epoch=3)
+    loaded = make(model)
+    loaded.load_state_dict(plain.state_dict())
+    grown = make(model)
+    extra = torch.nn.Parameter(torch.ones(1))
+    grown.add_param_group({"params": [extra], "lr": 0.1, "initial_lr": 0.1})
+    for optimizer in (resumed, loaded, grown):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.03
+        by_hand(optimizer, model)
+        for own in optimizer.values():
+            assert [group["lr"] for group in own.param_groups] == [0.03] * len(own.param_groups)
+
+
+def test_what_is_pending_survives_a_new_group_and_a_change_of_mode() -> None:
+    model = Network()
+    optimizer = make(model)
+    optimizer.param_groups[0]["eps"] = 1e-3
+    optimizer["a"].param_groups[0]["lr"] = 0.5
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    optimizer["b"].param_groups[0]["lr"] = 0.6
+    optimizer.train()
+    optimizer["c"].param_groups[0]["lr"] = 0.7
+    optimizer.eval()
+    optimizer.param_groups[0]["lr"] = 0.2
+    step(optimizer, model)
+    assert rates(optimizer) == [0.5, 0.6, 0.7]
+    assert rates(optimizer, "eps") == [1e-3] * 3
+
+
+def test_names_may_be_of_a_subclass_of_str_and_load_with_weights_only(tmp_path: Path) -> None:
+    class Name(str, Enum):
+        A = "a"
+        B = "b"
+        C = "c"
+
+    model = Network()
+    optimizer = IndependentOptimizer(Adam, model.parameters(), list(Name))
+    optimizer.step(make_losses(model), *batches(1)[0])
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    make(model).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_a_class_that_fails_for_one_task_adds_its_group_to_none() -> None:
+    calls = []
+
+    class Picky(Adam):
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            super().add_param_group(param_group)
+            calls.append(self)
+            if len(calls) == 5:
+                raise RuntimeError("no")
+
+    model = Network()
+    optimizer = make(model, optimizer_class=Picky)
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    assert {len(own.param_groups) for own in (optimizer, *optimizer.values())} == {1}
+    step(optimizer, model)
+
+
+def test_a_closure_is_refused_with_the_reason() -> None:
+    for schedule in ("sequential", "simultaneous"):
+        with pytest.raises(TypeError, match="`closure` must be None: each task has a loss"):
+            make(Network(), schedule=schedule).step(lambda tasks: {}, closure=lambda: 0.0)

@@ -98,3 +98,41 @@ def test_lbfgs_needs_a_function_to_evaluate_again() -> None:
 
     with pytest.raises(ValueError, match=r"same tasks at every evaluation.*got \['a'\]"):
         optimizer.step(fickle, *batches(1)[0])
+
+
+def test_a_line_search_sees_the_weighted_objective() -> None:
+    """Bit for bit the plain loop's on the weighted sum; another value would mislead the search."""
+    model, twin = twins()
+    options: Any = {"max_iter": 5, "line_search_fn": "strong_wolfe"}
+    base = torch.optim.LBFGS(model.parameters(), **options)
+    optimizer = JointOptimizer(base, TASKS, weights={"a": 1.0, "b": 20.0, "c": 0.5})
+    plain = torch.optim.LBFGS(twin.parameters(), **options)
+    for x, y in batches(3):
+
+        def closure() -> Any:
+            plain.zero_grad()
+            losses = make_losses(twin)(TASKS, x, y)
+            total = losses["a"] + losses["b"] * 20.0 + losses["c"] * 0.5
+            total.backward()
+            return total
+
+        optimizer.step(make_losses(model), x, y)
+        plain.step(closure)
+    assert_equal(snapshot(model), snapshot(twin))
+
+
+def test_ready_losses_have_one_forward_whatever_is_asked() -> None:
+    model, twin = twins()
+    (x, y), *_ = batches(1)
+    make(model, forwards="per-task").step(make_losses(model)(TASKS, x, y))
+    make(twin).step(make_losses(twin)(TASKS, x, y))
+    assert_equal(snapshot(model), snapshot(twin))
+
+
+def test_a_network_frozen_altogether_is_told_so() -> None:
+    model = Network()
+    optimizer = make(model)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="'a' must have a graph"):
+        optimizer.step(make_losses(model), *batches(1)[0])

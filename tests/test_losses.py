@@ -279,3 +279,44 @@ def test_a_step_without_losses_is_refused_with_the_way_to_do_it(
 ) -> None:
     with pytest.raises(TypeError, match=r"needs `losses`.*loss.backward\(\)"):
         MAKERS[method](Network()).step(*arguments)
+
+
+@methods
+def test_an_empty_mean_counts_for_nothing(method: str) -> None:
+    """The mean over no samples is NaN, and its count says that it is absent."""
+    model = Network()
+    losses = make_losses(model)
+    (x, y), *_ = batches(1)
+
+    def masked(tasks: Any) -> dict[str, Any]:
+        return {t: (v * float("nan"), 0) if t == "b" else v for t, v in losses(tasks, x, y).items()}
+
+    values = MAKERS[method](model, check_finite=True).step(masked)
+    assert list(values) == ["a", "c"]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_listed_twice_has_one_gradient() -> None:
+    w = torch.tensor([1.0], requires_grad=True)
+    results = []
+    for schedule in ("sequential", "simultaneous"):
+        with torch.no_grad():
+            w.fill_(1.0)
+        options: Any = {"schedule": schedule, "lr": 0.1}
+        optimizer = mtlopt.IndependentOptimizer(
+            torch.optim.SGD, [{"params": [w, w]}], ["a"], **options
+        )
+        optimizer.step(lambda tasks: {"a": w.sum()})
+        results.append(w.item())
+    assert results[0] == results[1] == pytest.approx(0.8)
+
+
+@methods
+def test_large_counts_do_not_overflow_half_precision(method: str) -> None:
+    """Counts of pixels beside a gradient scaler: they are taken relative to the first."""
+    w = torch.nn.Parameter(torch.tensor([0.5], dtype=torch.float16))
+    model: Any = torch.nn.ParameterList([w])
+    optimizer = MAKERS[method](model, ["a"])
+    optimizer.step(lambda tasks, n: {"a": ((w * w).sum(), n)}, micro_batches=[260_000, 130_000])
+    assert w.item() == pytest.approx(0.4, abs=1e-3)

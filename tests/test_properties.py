@@ -85,6 +85,6 @@ def test_all_methods_find_the_minimum_of_two_quadratics_that_agree(
         curvature = {"a": (1.0, 10.0), "b": (10.0, 1.0), "c": (1.0, 1.0)}
         for _ in range(200):
             optimizer.step(
-                lambda ts: {t: (torch.tensor(curvature[t]) * (w - goal) ** 2).sum() / 2 for t in ts}  # noqa: B023  # called at once
+                lambda ts: {t: (torch.tensor(curvature[t]) * (w - goal) ** 2).sum() / 2 for t in ts}
             )
         torch.testing.assert_close(w.detach(), goal, rtol=0, atol=1e-6)

@@ -1,0 +1,223 @@
+"""Aggregated: any aggregator of TorchJD as the combination of the tasks' gradients."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mtlopt import _gradients
+from mtlopt._collect import Forwards
+from mtlopt._combining import Batches, CombiningOptimizer
+from mtlopt._losses import LossesFunction, ReadyLosses, Task
+
+PLAIN = (Tensor, bool, int, float, str, tuple, torch.dtype, type(None))
+
+
+class Aggregated(CombiningOptimizer):
+    r"""Combines the tasks' gradients by an aggregator of TorchJD.
+
+    .. math:: w \leftarrow w - \eta \, \mathcal{A}(J), \quad J = (g_1, \dots, g_T)^\top
+
+    The rows of J run over the shared parameters, those that at least two of the present tasks
+    reach; the others get their plain gradient. An aggregator that works from the Gramian
+    :math:`J J^\top` gets that alone, and no matrix J is built. The rows of absent tasks are
+    dropped, which an aggregator with a state or with a vector of length T cannot take.
+
+    The state of an aggregator is saved in the state dict, but for NashMTL, whose state is that of
+    a solver: it starts afresh on a resumed run.
+
+    Args:
+        optimizer: Optimizer that applies the combined gradient; it owns the parameters.
+        tasks: Names of the tasks; a tuple of names is a group, one objective with one row.
+        aggregator: A ``torchjd.aggregation.Aggregator`` (TorchJD 0.18 or later).
+        forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
+        scaler: Gradient scaler for float16; an overflow skips the step.
+        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        process_group: Ranks to average over, with a model that is not wrapped in DDP.
+
+    Raises:
+        ImportError: If TorchJD is not installed.
+        TypeError: If `optimizer` or `aggregator` is of another kind.
+        ValueError: If `tasks` is empty or repeats a name, or the class needs a closure (LBFGS).
+
+    Example:
+        >>> import torch, mtlopt, torchjd.aggregation
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> base = torch.optim.SGD([w], lr=1.0)
+        >>> optimizer = mtlopt.Aggregated(base, ["a", "b"], torchjd.aggregation.Mean())
+        >>> gradients = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([-1.0, 1.0])}
+        >>> values = optimizer.step({task: w @ g for task, g in gradients.items()})
+        >>> w
+        tensor([ 0.0000, -0.5000], requires_grad=True)
+
+    References:
+        Quinton and Rey, 2024 (arXiv 2406.16232); https://torchjd.org.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tasks: Iterable[Task],
+        aggregator: nn.Module,
+        *,
+        forwards: Forwards = "joint",
+        scaler: torch.amp.GradScaler | None = None,
+        check_finite: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            tasks,
+            forwards=forwards,
+            scaler=scaler,
+            check_finite=check_finite,
+            process_group=process_group,
+        )
+        self._refuse_closures()
+        try:
+            from torchjd.aggregation import Aggregator, GramianWeightedAggregator
+        except ImportError as error:
+            raise ImportError(
+                "`Aggregated` needs TorchJD: pip install 'mtlopt[torchjd]'."
+            ) from error
+        if not isinstance(aggregator, Aggregator):
+            raise TypeError(
+                "`aggregator` must be an instance of torchjd.aggregation.Aggregator, "
+                f"got {aggregator!r}."
+            )
+        self.aggregator = aggregator
+        self._weighting: Any = (
+            aggregator.gramian_weighting
+            if isinstance(aggregator, GramianWeightedAggregator)
+            else None
+        )
+        # Draws for aggregators that are random, alike on every rank.
+        self.generator = torch.Generator().manual_seed(0)
+        self._seen: dict[str, Tensor] = {}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Returns ``coefficients`` (T,) of the last step, NaN where a task was absent.
+
+        Empty before the first step, and for an aggregator that does not weigh by the Gramian.
+        """
+        return dict(self._seen)
+
+    def _add_gradient(
+        self,
+        losses: LossesFunction | ReadyLosses,
+        batches: Batches,
+        scale: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        values, collected = self._collect(losses, batches, scale)
+        present = [k for k, task in enumerate(self.tasks) if task in collected]
+        if not present:
+            return {}
+        if len(present) < len(self.tasks):
+            self._check_rows(present)
+        gradients = list(collected.values())
+        del collected
+        with self._drawing_alike():
+            combined = (
+                self._by_matrix(gradients)
+                if self._weighting is None
+                else self._by_gramian(gradients, present)
+            )
+        self._add(combined)
+        return values
+
+    def _by_gramian(
+        self, gradients: list[_gradients.Gradients], present: list[int]
+    ) -> _gradients.Gradients:
+        weights = [1.0]
+        if len(present) > 1:
+            weights = self._weighting(_gradients.gram(gradients)).tolist()
+        coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
+        coefficients[present] = torch.tensor(weights, dtype=torch.float64)
+        self._seen = {"coefficients": coefficients}
+        return _gradients.combine(gradients, weights)
+
+    def _by_matrix(self, gradients: list[_gradients.Gradients]) -> _gradients.Gradients:
+        reach = _gradients.reach(gradients)
+        shared = [i for i, tasks in enumerate(reach) if len(tasks) > 1]
+        parameters = self._parameters
+        combined = [None if not tasks else gradients[tasks[0]][i] for i, tasks in enumerate(reach)]
+        if shared:
+            columns = [
+                torch.stack([_as_row(own[i], parameters[i]) for own in gradients]) for i in shared
+            ]
+            vector = self.aggregator(torch.cat(columns, dim=1))
+            parts = torch.split(vector, [column.shape[1] for column in columns])
+            for i, part in zip(shared, parts, strict=True):
+                combined[i] = part.view(parameters[i].shape)
+        return combined
+
+    def _check_rows(self, present: list[int]) -> None:
+        reason = _needs_all_rows(self.aggregator, len(self.tasks))
+        if reason:
+            absent = [task for k, task in enumerate(self.tasks) if k not in present]
+            raise ValueError(
+                f"`aggregator` {type(self.aggregator).__name__} must see every task at every step: "
+                f"it has {reason}. Absent from this batch: {absent}."
+            )
+
+    @contextmanager
+    def _drawing_alike(self) -> Iterator[None]:
+        if self.process_group is None:
+            yield
+            return
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+
+    def _collect_state(self) -> dict[str, Any]:
+        state = super()._collect_state()
+        state["mtlopt"]["aggregator"] = [_state_of(m) for m in _stateful(self.aggregator)]
+        return state
+
+    def _restore_state(self, state_dict: dict[str, Any]) -> None:
+        super()._restore_state(state_dict)
+        saved = state_dict.get("mtlopt", {}).get("aggregator", [])
+        for module, attributes in zip(_stateful(self.aggregator), saved, strict=False):
+            for name, value in attributes.items():
+                copy = value.clone() if isinstance(value, Tensor) else value
+                (module._buffers if name in module._buffers else vars(module))[name] = copy
+
+
+def _as_row(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    if gradient is None:
+        return parameter.new_zeros(parameter.numel())
+    return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
+
+
+def _stateful(aggregator: nn.Module) -> list[nn.Module]:
+    from torchjd import Stateful
+
+    return [module for module in aggregator.modules() if isinstance(module, Stateful)]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    inner = vars(nn.Module()).keys()
+    return {k: v for k, v in vars(module).items() if k not in inner} | module._buffers
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    # TorchJD's `state_dict` lacks the key by which an aggregator knows its own buffers again.
+    attributes = _attributes(module)
+    return attributes if all(isinstance(v, PLAIN) for v in attributes.values()) else {}
+
+
+def _needs_all_rows(aggregator: nn.Module, count: int) -> str:
+    if _stateful(aggregator):
+        return "a state that knows the tasks by their rows"
+    vectors = [
+        value
+        for module in aggregator.modules()
+        for value in _attributes(module).values()
+        if isinstance(value, Tensor) and value.shape == (count,)
+    ]
+    return f"a vector of length {count}" if vectors else ""

@@ -1,0 +1,130 @@
+"""conflicts(): how the tasks' gradients stand to each other at the present weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mtlopt import _gradients
+from mtlopt._collect import collect
+from mtlopt._losses import (
+    LossesFunction,
+    ReadyLosses,
+    Task,
+    check_tasks,
+    list_batches,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class ConflictReport:
+    """The angles between the tasks' gradients; a parameter not reached counts as zero.
+
+    Attributes:
+        tasks: The T tasks, groups as tuples.
+        norms: (T,) Euclidean norms in float64 on the CPU; NaN for an absent task, as below.
+        cosines: (T, T) cosines; negative is a conflict.
+        conflict_fraction: Share of the pairs of present tasks that conflict, 0 of no pairs.
+    """
+
+    tasks: tuple[Task, ...]
+    norms: Tensor
+    cosines: Tensor
+    conflict_fraction: float
+
+    def plot(self) -> "Figure":
+        """Draws the cosines as a heat map beside the norms.
+
+        Returns:
+            A matplotlib figure, not yet shown or saved.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("`plot` needs matplotlib: pip install matplotlib.") from error
+        names = ["+".join(task) if isinstance(task, tuple) else task for task in self.tasks]
+        size = max(3.0, 0.7 * len(names))
+        figure = Figure(figsize=(2 * size + 1.5, size + 0.6), layout="constrained")
+        angles, lengths = figure.subplots(1, 2, width_ratios=(3, 2))
+        image = angles.imshow(self.cosines.numpy(), vmin=-1, vmax=1, cmap="RdBu")
+        ticks = range(len(names))
+        angles.set_xticks(ticks, names, rotation=30, ha="right", rotation_mode="anchor")
+        angles.set_yticks(ticks, names)
+        for i in ticks:
+            for j in ticks:
+                cosine = self.cosines[i, j].item()
+                color = "white" if abs(cosine) > 0.6 else "black"  # dark ends
+                angles.text(j, i, f"{cosine:.2f}", ha="center", va="center", color=color)
+        angles.set_title(f"cosines, {self.conflict_fraction:.0%} of pairs in conflict")
+        figure.colorbar(image, ax=angles, shrink=0.8)
+        lengths.barh(ticks, self.norms.numpy(), color="0.4")
+        lengths.set_yticks(ticks, names)
+        lengths.invert_yaxis()
+        lengths.set_title("gradient norms")
+        return figure
+
+
+def conflicts(
+    losses: LossesFunction | ReadyLosses,
+    params: Iterable[Tensor],
+    tasks: Iterable[Task],
+    *batch: Any,
+) -> ConflictReport:
+    """Measures how the tasks' gradients conflict at the present weights, and moves nothing.
+
+    Args:
+        losses: Function losses(tasks, *batch), called once for all tasks, or ready losses.
+        params: Parameters to differentiate, usually those that the tasks share; ``.grad`` is left
+            as it is.
+        tasks: Names of the tasks; a tuple of names is a group, one objective.
+        *batch: Passed on to `losses`.
+
+    Returns:
+        The report, on the CPU.
+
+    Raises:
+        ValueError: If `params` holds no parameter that requires a gradient, or a loss is not a
+            scalar with a graph.
+
+    Example:
+        >>> import torch, mtlopt
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> gradients = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([-3.0, 4.0])}
+        >>> report = mtlopt.conflicts({t: w @ g for t, g in gradients.items()}, [w], ["a", "b"])
+        >>> report.norms, report.conflict_fraction
+        (tensor([3., 5.], dtype=torch.float64), 1.0)
+        >>> report.cosines
+        tensor([[ 1.0000, -0.6000],
+                [-0.6000,  1.0000]], dtype=torch.float64)
+    """
+    names = check_tasks(tasks)
+    parameters = [parameter for parameter in params if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("`params` must hold at least one that requires a gradient, got none.")
+    _, collected = collect(
+        losses,
+        names,
+        list_batches(losses, batch, None),
+        parameters,
+        check_finite=False,
+        scale=lambda loss: loss,
+        group=None,
+        alone=True,
+    )
+    present = torch.tensor([k for k, task in enumerate(names) if task in collected]).long()
+    gram = _gradients.gram(list(collected.values())).cpu()
+    norms = torch.full((len(names),), float("nan"), dtype=torch.float64)
+    cosines = torch.full((len(names), len(names)), float("nan"), dtype=torch.float64)
+    for k, gradient in zip(present.tolist(), collected.values(), strict=True):
+        norms[k] = torch.linalg.vector_norm(torch.stack(_gradients.norms(gradient))).cpu()
+    gram.diagonal().copy_(norms[present] ** 2)
+    cosines[present[:, None], present] = _gradients.cosines(gram)
+    return ConflictReport(names, norms, cosines, _gradients.conflict_fraction(gram).item())

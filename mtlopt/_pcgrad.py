@@ -1,0 +1,166 @@
+"""PCGrad: project conflicting gradients (Yu et al., 2020)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtlopt import _gradients
+from mtlopt._collect import Forwards
+from mtlopt._combining import Batches, CombiningOptimizer
+from mtlopt._losses import LossesFunction, ReadyLosses, Task
+
+Reduction = Literal["sum", "mean"]
+
+
+def project_conflicts(
+    gram: Sequence[Sequence[float]], orders: Sequence[Sequence[int]]
+) -> list[float]:
+    r"""Works out PCGrad from the gradients' inner products alone.
+
+    Each projected gradient is a combination of the original ones, and so is every inner product
+    that decides on the next projection: no vector is needed.
+
+    Args:
+        gram: (T, T) inner products :math:`K_{ij} = g_i \cdot g_j` of the original gradients.
+        orders: For each task i the others in the order of their projections.
+
+    Returns:
+        T coefficients: the sum of the projected gradients is :math:`\sum_j c_j g_j`.
+
+    Example:
+        >>> # g_1 = (1, 0) and g_2 = (-1, √3)
+        >>> project_conflicts([[1.0, -1.0], [-1.0, 4.0]], [[1], [0]])
+        [2.0, 1.25]
+    """
+    total = [0.0] * len(gram)
+    for i, order in enumerate(orders):
+        own = [float(i == j) for j in range(len(gram))]
+        for j in order:
+            inner = sum(c * k for c, k in zip(own, gram[j], strict=True))
+            if inner < 0:
+                own[j] -= inner / gram[j][j]
+        total = [t + c for t, c in zip(total, own, strict=True)]
+    return total
+
+
+class PCGrad(CombiningOptimizer):
+    r"""Removes from each task's gradient its conflict with every other task's, and sums.
+
+    .. math:: g_i \leftarrow g_i - \frac{g_i \cdot g_j}{\lVert g_j \rVert^2} g_j
+              \quad \text{if } g_i \cdot g_j < 0
+
+    For each task i the others come in a fresh random order, and :math:`g_j` is always the original
+    gradient (Algorithm 1 of the paper). Inner products run over the *shared* parameters, those
+    that at least two of the present tasks reach; the others get their plain gradient.
+
+    Args:
+        optimizer: Optimizer that applies the combined gradient; it owns the parameters.
+        tasks: Names of the tasks; a tuple of names is a group, one objective with one gradient.
+        reduction: "sum" as in the paper; "mean" divides the shared part by the number of present
+            tasks.
+        seed: Seed of the random orders; ``self.generator`` is saved in the state dict.
+        forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
+        scaler: Gradient scaler for float16; an overflow skips the step.
+        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        process_group: Ranks to average over, with a model that is not wrapped in DDP.
+
+    Raises:
+        TypeError: If `optimizer` is not an instance of a plain optimizer.
+        ValueError: If `tasks` is empty or repeats a name, or the class needs a closure (LBFGS).
+
+    Example:
+        >>> import torch, mtlopt
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> base = torch.optim.SGD([w], lr=1.0)
+        >>> optimizer = mtlopt.PCGrad(base, ["a", "b"])
+        >>> gradients = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([-1.0, 1.0])}
+        >>> values = optimizer.step({task: w @ g for task, g in gradients.items()})
+        >>> w  # a without its part along b is (0.5, 0.5); b without its part along a is (0, 1)
+        tensor([-0.5000, -1.5000], requires_grad=True)
+
+    References:
+        Yu et al., 2020 (arXiv 2001.06782).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tasks: Iterable[Task],
+        reduction: Reduction = "sum",
+        seed: int = 0,
+        *,
+        forwards: Forwards = "joint",
+        scaler: torch.amp.GradScaler | None = None,
+        check_finite: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            tasks,
+            forwards=forwards,
+            scaler=scaler,
+            check_finite=check_finite,
+            process_group=process_group,
+        )
+        self._refuse_closures()
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
+        self.reduction = reduction
+        self.generator = torch.Generator().manual_seed(seed)
+        self._seen: dict[str, Tensor] = {}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Returns what the last step saw of the tasks, NaN where one was absent.
+
+        Returns:
+            ``cosines`` (T, T): between the tasks' gradients over the shared parameters.
+            ``coefficients`` (T,): of the original gradients in the shared part of the result.
+            ``conflict_fraction``: share of the pairs of present tasks whose inner product is
+            negative. Empty before the first step.
+        """
+        return dict(self._seen)
+
+    def _add_gradient(
+        self,
+        losses: LossesFunction | ReadyLosses,
+        batches: Batches,
+        scale: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        # T draws every step, so that a run's orders do not depend on who was absent.
+        count = len(self.tasks)
+        drawn = [torch.randperm(count, generator=self.generator).tolist() for _ in self.tasks]
+        values, collected = self._collect(losses, batches, scale)
+        present = [k for k, task in enumerate(self.tasks) if task in collected]
+        if not present:
+            return {}
+        gradients = list(collected.values())
+        del collected
+        # The one copy from the device to the host.
+        gram = _gradients.gram(gradients).cpu()
+        orders = [[present.index(j) for j in drawn[i] if j in present and j != i] for i in present]
+        coefficients = project_conflicts(gram.tolist(), orders)
+        if self.reduction == "mean":
+            coefficients = [c / len(present) for c in coefficients]
+        combined = _gradients.combine(gradients, coefficients)
+        self._add(combined)
+        self._seen = _describe(gram, coefficients, present, count)
+        return values
+
+
+def _describe(
+    gram: Tensor, coefficients: list[float], present: list[int], count: int
+) -> dict[str, Tensor]:
+    index = torch.tensor(present)
+    cosines = torch.full((count, count), float("nan"), dtype=torch.float64)
+    cosines[index[:, None], index] = _gradients.cosines(gram)
+    weights = torch.full((count,), float("nan"), dtype=torch.float64)
+    weights[index] = torch.tensor(coefficients, dtype=torch.float64)
+    return {
+        "cosines": cosines,
+        "coefficients": weights,
+        "conflict_fraction": _gradients.conflict_fraction(gram),
+    }

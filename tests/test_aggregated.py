@@ -1,0 +1,192 @@
+"""Every aggregator that TorchJD exports, against TorchJD on the whole Jacobian."""
+
+import copy
+import inspect
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torchjd.aggregation
+from torchjd.aggregation import Aggregator
+
+import mtlopt
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "CAGrad": {"c": 0.5},
+    "Constant": {"weights": torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)},
+    "FairGrad": {"alpha": 1.0},
+    "Krum": {"n_byzantine": 0, "n_selected": 2},
+    "NashMTL": {"n_tasks": 3},
+    "TrimmedMean": {"trim_number": 1},
+}
+ABSTRACT = {"Aggregator", "WeightedAggregator", "GramianWeightedAggregator"}
+NAMES = [
+    name
+    for name in torchjd.aggregation.__all__
+    if inspect.isclass(kind := getattr(torchjd.aggregation, name))
+    and issubclass(kind, Aggregator)
+    and name not in ABSTRACT
+]
+# cvxpy's word on how TorchJD poses its problem.
+pytestmark = pytest.mark.filterwarnings("ignore:You are solving a parameterized problem")
+STATEFUL = ("ExcessMTL", "GradVac", "NashMTL", "PCD")
+
+
+def make_aggregator(name: str) -> Any:
+    try:
+        return getattr(torchjd.aggregation, name)(**ARGUMENTS.get(name, {}))
+    except ImportError as error:
+        pytest.skip(f"TorchJD's optional dependencies are missing: {error}")
+
+
+def make(model: Network, aggregator: Any, **keywords: Any) -> mtlopt.Aggregated:
+    base = torch.optim.SGD(model.parameters(), lr=0.05)
+    return mtlopt.Aggregated(base, TASKS, aggregator, **keywords)
+
+
+def jacobian(model: Any, x: Any, y: Any) -> tuple[torch.Tensor, list[Any]]:
+    trunk = list(model.trunk.parameters())
+    rows = []
+    for task in TASKS:
+        loss = make_losses(model)((task,), x, y)[task]
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trunk)]))
+    return torch.stack(rows), trunk
+
+
+def test_the_package_exports_what_is_tested_here() -> None:
+    assert len(NAMES) >= 19
+    assert set(ARGUMENTS) | set(STATEFUL) <= set(NAMES)
+
+
+@pytest.mark.parametrize("forwards", ["joint", "per-task"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shared_part_is_the_aggregation_and_heads_are_plain(name: str, forwards: Any) -> None:
+    """Over three steps, so that states move too; from the same random numbers."""
+    model: Any = Network()
+    reference = make_aggregator(name)
+    optimizer = make(model, copy.deepcopy(reference), forwards=forwards)
+    for seed, (x, y) in enumerate(batches(3)):
+        matrix, trunk = jacobian(model, x, y)
+        torch.manual_seed(seed)
+        expected = reference(matrix)
+        plain = {
+            task: torch.autograd.grad(
+                make_losses(model)((task,), x, y)[task], model.heads[task].weight
+            )[0]
+            for task in TASKS
+        }
+        torch.manual_seed(seed)
+        optimizer.step(make_losses(model), x, y)
+        got = torch.cat([p.grad.flatten() for p in trunk if p.grad is not None])
+        # Solvers stop at a tolerance of their own.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+        for task in TASKS:
+            assert torch.equal(model.heads[task].weight.grad, plain[task])
+
+
+def test_an_aggregator_of_the_gramian_never_sees_a_matrix() -> None:
+    model: Any = Network()
+    aggregator = torchjd.aggregation.UPGrad()
+    aggregator.register_forward_pre_hook(lambda *_: pytest.fail("the Jacobian was built"))
+    make(model, aggregator).step(make_losses(model), *batches(1)[0])
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in {*STATEFUL, "Constant"}])
+def test_rows_of_absent_tasks_are_dropped(name: str) -> None:
+    if name in {"Krum", "TrimmedMean"}:
+        pytest.skip("takes three rows or more")
+    model: Any = Network()
+    aggregator = make_aggregator(name)
+    optimizer = make(model, copy.deepcopy(aggregator))
+    (x, y), *_ = batches(1)
+    matrix, trunk = jacobian(model, x, y)
+    torch.manual_seed(0)
+    expected = aggregator(matrix[[0, 2]])
+    torch.manual_seed(0)
+    losses = make_losses(model)
+    head = model.heads["b"].weight.detach().clone()
+    optimizer.step(lambda ts, *b: {t: v for t, v in losses(ts, *b).items() if t != "b"}, x, y)
+    got = torch.cat([p.grad.flatten() for p in trunk if p.grad is not None])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(model.heads["b"].weight, head)
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, "Constant", "UPGrad with preferences"])
+def test_what_knows_the_tasks_by_their_rows_refuses_to_miss_one(name: str) -> None:
+    model: Any = Network()
+    aggregator = (
+        torchjd.aggregation.UPGrad(torch.ones(3).double())
+        if name.startswith("UPGrad")
+        else make_aggregator(name)
+    )
+    optimizer = make(model, aggregator)
+    losses = make_losses(model)
+    start = snapshot(model)
+    with pytest.raises(ValueError, match=r"must see every task.*Absent from this batch: \['b'\]"):
+        optimizer.step(
+            lambda ts, *b: {t: v for t, v in losses(ts, *b).items() if t != "b"}, *batches(1)[0]
+        )
+    assert_equal(snapshot(model), start)
+
+
+@pytest.mark.parametrize("name", [n for n in STATEFUL if n != "NashMTL"])
+def test_an_aggregators_state_is_saved(name: str) -> None:
+    model: Any = Network()
+    optimizer = make(model, make_aggregator(name))
+    data = batches(8)
+    for x, y in data[:4]:
+        optimizer.step(make_losses(model), x, y)
+    twin = copy.deepcopy(model)
+    later = make(twin, make_aggregator(name))
+    later.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for own, network in ((optimizer, model), (later, twin)):
+        torch.manual_seed(0)  # GradVac draws.
+        for x, y in data[4:]:
+            own.step(make_losses(network), x, y)
+    assert_equal(snapshot(model), snapshot(twin))
+
+
+def test_other_objects_are_refused() -> None:
+    with pytest.raises(TypeError, match="`aggregator` must be an instance of torchjd"):
+        make(Network(), torchjd.aggregation.UPGradWeighting())
+
+
+def test_conflicts_are_those_of_the_gradients_and_nothing_moves() -> None:
+    model: Any = Network()
+    (x, y), *_ = batches(1)
+    matrix, trunk = jacobian(model, x, y)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    start = snapshot(model)
+    for params in (trunk, [trunk[0]]):
+        part = matrix[:, : sum(p.numel() for p in params)]
+        report = mtlopt.conflicts(make_losses(model), params, TASKS, x, y)
+        torch.testing.assert_close(report.norms, part.norm(dim=1), rtol=1e-12, atol=0)
+        unit = part / part.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(report.cosines, unit @ unit.T, rtol=1e-9, atol=1e-12)
+        pairs = list(itertools.combinations(range(3), 2))
+        expected = sum(int(part[i] @ part[j] < 0) for i, j in pairs) / 3
+        assert report.conflict_fraction == pytest.approx(expected)
+        assert report.tasks == TASKS
+    assert_equal(snapshot(model), start)
+    assert all(torch.all(p.grad == 3.0) for p in model.parameters())
+
+
+def test_conflicts_of_groups_and_absent_tasks(tmp_path: Any) -> None:
+    model: Any = Network()
+    losses = make_losses(model)
+    report = mtlopt.conflicts(
+        lambda ts, *b: {t: v for t, v in losses(ts, *b).items() if t != "c"},
+        model.parameters(),
+        [("a", "b"), "c"],
+        *batches(1)[0],
+    )
+    assert report.norms.isnan().tolist() == [False, True]
+    assert report.cosines.isnan().tolist() == [[False, True], [True, True]]
+    assert report.conflict_fraction == 0.0
+    report.plot().savefig(tmp_path / "conflicts.png")
+    assert (tmp_path / "conflicts.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"`params` must hold at least one.*got none"):
+        mtlopt.conflicts(losses, [], TASKS, *batches(1)[0])

@@ -1,0 +1,297 @@
+"""GradNorm: a step by hand, autograd as the judge of its derivative, and who learns what."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtlopt
+from mtlopt._gradnorm import weight_gradients
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+
+
+def make(model: Any, tasks: Any = TASKS, **keywords: Any) -> mtlopt.GradNorm:
+    keywords = {"shared": model.trunk[-2].parameters()} | keywords
+    base = keywords.pop("base", None) or torch.optim.Adam(model.parameters(), lr=0.02)
+    return mtlopt.GradNorm(base, tasks, **keywords)
+
+
+def scalar_problem(**keywords: Any) -> tuple[Tensor, mtlopt.GradNorm]:
+    w = torch.tensor(1.0, requires_grad=True)
+    base = torch.optim.SGD([w], lr=0.1)
+    return w, mtlopt.GradNorm(base, ["a", "b"], shared=[w], **keywords)
+
+
+def test_one_step_worked_by_hand() -> None:
+    """L = (w², 4w²) at w = 1 with initial losses 2 and 4: r = (2/3, 4/3), alpha 1.
+
+    Norms 2 and 8, G = (2, 8), mean 5, targets 10/3 and 20/3: a's weight is too small, b's too
+    large. Adam's first step is 0.025 either way: 1.025 and 0.975, whose sum is 2 already. The
+    network's step used weights of 1: 1 - 0.1 * (2 + 8) = 0.
+    """
+    w, optimizer = scalar_problem(alpha=1.0, initial_losses={"a": 2.0, "b": 4.0})
+    optimizer.step({"a": w**2, "b": 4 * w**2})
+    assert w.item() == pytest.approx(0.0, abs=1e-7)
+    seen = optimizer.diagnostics()
+    assert seen["weights"].tolist() == pytest.approx([1.025, 0.975], abs=1e-6)
+    assert seen["norms"].tolist() == [2.0, 8.0]
+    assert seen["rates"].tolist() == pytest.approx([2 / 3, 4 / 3])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.12, 1.5])
+def test_the_derivative_is_autograds_with_constant_targets(alpha: float) -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        weights = torch.rand(4, dtype=torch.float64).add(0.1).requires_grad_()
+        trunk = torch.randn(6, dtype=torch.float64, requires_grad=True)
+        matrix = torch.randn(4, 6, dtype=torch.float64)
+        losses = (matrix @ trunk) ** 2
+        ratios = losses.detach() / torch.rand(4, dtype=torch.float64)
+        # The paper's way: norms of the weighted losses' gradients, with a second-order graph.
+        norms = torch.stack(
+            [
+                torch.autograd.grad(weight * loss, trunk, create_graph=True, retain_graph=True)[
+                    0
+                ].norm()
+                for weight, loss in zip(weights, losses, strict=True)
+            ]
+        )
+        rates = ratios / ratios.mean()
+        target = (norms.mean() * rates**alpha).detach()
+        expected = torch.autograd.grad((norms - target).abs().sum(), weights)[0]
+        plain = norms.detach() / weights.detach()
+        got, got_rates = weight_gradients(weights.detach(), plain, ratios, alpha)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(got_rates, rates, rtol=1e-12, atol=0)
+
+
+def test_the_networks_gradient_is_that_of_the_weighted_sum_to_the_last_bit() -> None:
+    """Heads weighted too; nothing of GradNorm's own loss leaks; weights of this step, not next."""
+    model, twin = Network(), Network()
+    twin.load_state_dict(model.state_dict())
+    optimizer = make(model)
+    plain = torch.optim.Adam(twin.parameters(), lr=0.02)
+    for x, y in batches(10):
+        weights = optimizer.diagnostics()["weights"].clone()
+        optimizer.step(make_losses(model), x, y)
+        plain.zero_grad()
+        losses = make_losses(twin)(TASKS, x, y)
+        (weights[0] * losses["a"] + weights[1] * losses["b"] + weights[2] * losses["c"]).backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            assert torch.equal(p.grad, q.grad)
+        plain.step()
+    assert_equal(snapshot(model), snapshot(twin))
+    assert (optimizer.diagnostics()["weights"] - 1).abs().min() > 1e-3
+
+
+def test_the_slower_task_gets_the_larger_target() -> None:
+    """Equal norms, unequal rates: alpha's sign decides, and a was public code's mistake."""
+    w, optimizer = scalar_problem(alpha=1.5, initial_losses={"a": 1.0, "b": 10.0})
+    optimizer.step({"a": w**2, "b": w**2})
+    weights = optimizer.diagnostics()["weights"].tolist()
+    assert weights[0] > 1 > weights[1]
+
+
+def test_the_weights_stay_positive_and_sum_to_the_number_of_tasks() -> None:
+    model = Network()
+    optimizer = make(model, weight_lr=3.0)
+    smallest = 1.0
+    for x, y in batches(40):
+        optimizer.step(make_losses(model), x, y)
+        weights = optimizer.diagnostics()["weights"]
+        assert weights.sum().item() == pytest.approx(3, rel=1e-6)
+        smallest = min(smallest, weights.min().item())
+        assert smallest > 0
+    assert smallest < 0.01
+
+
+def test_an_absent_tasks_weight_and_moments_stay_bit_equal() -> None:
+    model = Network()
+    optimizer = make(model)
+    data = batches(6)
+    for x, y in data[:3]:
+        optimizer.step(make_losses(model), x, y)
+    before = copy.deepcopy(optimizer.state_dict()["mtlopt"])
+    losses = make_losses(model)
+    for x, y in data[3:]:
+        optimizer.step(lambda ts, *b: {t: v for t, v in losses(ts, *b).items() if t != "b"}, x, y)
+        after = optimizer.state_dict()["mtlopt"]
+        assert torch.equal(after["weights"][1], before["weights"][1])
+        for key, value in before["weights_adam"]["state"][1].items():
+            assert torch.equal(value, after["weights_adam"]["state"][1][key])
+        others = [0, 2]
+        assert not torch.equal(after["weights"][others], before["weights"][others])
+        assert after["weights"][others].sum().item() == pytest.approx(
+            before["weights"][others].sum().item(), rel=1e-6
+        )
+    assert optimizer.diagnostics()["norms"].isnan().tolist() == [False, True, False]
+
+
+def test_the_initial_loss_is_that_of_the_tasks_first_step_and_is_saved() -> None:
+    model = Network()
+    optimizer = make(model, initial_losses={"c": 7.0})
+    first, second, third = batches(3)
+    losses = make_losses(model)
+    values = optimizer.step(lambda ts, *b: {"a": losses("a", *b)["a"]}, *first)
+    later = optimizer.step(losses, *second)
+    optimizer.step(losses, *third)
+    expected = [values["a"].item(), later["b"].item(), 7.0]
+    assert optimizer.state_dict()["mtlopt"]["initial_losses"].tolist() == pytest.approx(expected)
+    loaded = make(Network())
+    loaded.load_state_dict(optimizer.state_dict())
+    assert loaded.state_dict()["mtlopt"]["initial_losses"].tolist() == pytest.approx(expected)
+
+
+def test_a_run_resumes_bit_for_bit() -> None:
+    model = Network()
+    optimizer = make(model)
+    data = batches(8)
+    for x, y in data[:4]:
+        optimizer.step(make_losses(model), x, y)
+    twin = copy.deepcopy(model)
+    later = make(twin)
+    later.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for own, network in ((optimizer, model), (later, twin)):
+        for x, y in data[4:]:
+            own.step(make_losses(network), x, y)
+    assert_equal(snapshot(model), snapshot(twin))
+
+
+@pytest.mark.parametrize("form", ["per-task", "micro-batches", "imperative", "scaler"])
+def test_every_form_takes_the_same_steps(form: str) -> None:
+    model, twin = Network(), Network()
+    twin.load_state_dict(model.state_dict())
+    plain = make(twin)
+    amp = torch.amp.GradScaler("cpu", init_scale=256.0)
+    keywords: dict[str, Any] = {
+        "per-task": {"forwards": "per-task"},
+        "scaler": {"scaler": amp},
+        "imperative": {"scaler": amp},
+    }.get(form, {})
+    optimizer = make(model, **keywords)
+    losses = make_losses(model)
+    for x, y in batches(5):
+        plain.step(make_losses(twin), x, y)
+        if form == "imperative":
+            optimizer.zero_grad()
+            optimizer.backward({t: amp.scale(v) for t, v in losses(TASKS, x, y).items()})
+            amp.step(optimizer)
+            amp.update()
+        elif form == "micro-batches":
+            halves = [(x[r], {t: v[r] for t, v in y.items()}) for r in (slice(0, 2), slice(2, 6))]
+            counted = lambda ts, x, y: {t: (v, len(x)) for t, v in losses(ts, x, y).items()}  # noqa: E731  # shorthand
+            optimizer.step(counted, micro_batches=halves)
+        else:
+            optimizer.step(losses, x, y)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # The weights are float32.
+    for key, value in plain.diagnostics().items():
+        torch.testing.assert_close(optimizer.diagnostics()[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("imperative", [False, True])
+def test_an_overflow_changes_no_weights_and_no_initial_loss(imperative: bool) -> None:
+    model = Network()
+    amp = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = make(model, scaler=amp)
+    losses = make_losses(model)
+    (x, y), *_ = batches(1)
+    start = snapshot(model)
+    bad = {t: v * (1e308 if t == "b" else 1) for t, v in losses(TASKS, x, y).items()}
+    if imperative:
+        optimizer.backward({t: amp.scale(v) for t, v in bad.items()})
+        amp.step(optimizer)
+        amp.update()
+    else:
+        optimizer.step(bad)
+    assert_equal(snapshot(model), start)
+    state = optimizer.state_dict()["mtlopt"]
+    assert state["weights"].tolist() == [1.0] * 3
+    assert state["initial_losses"].isnan().all()
+    optimizer.step(losses, x, y)
+    state = optimizer.state_dict()["mtlopt"]
+    assert state["initial_losses"].isfinite().all()
+    assert amp.get_scale() == 512
+
+
+def test_what_cannot_be_balanced_is_refused() -> None:
+    model = Network()
+    losses = make_losses(model)
+    start = snapshot(model)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"shared": []}, r"`shared` must hold at least one parameter.*got 0"),
+        ({"shared": [torch.ones(1)]}, r"`shared` must .*among the optimizer's.*got 1"),
+        ({"weight_lr": 0.0}, "`weight_lr` must be positive, got 0.0"),
+        ({"initial_losses": {"d": 1.0}}, r"`initial_losses` must .*got 1.0 for 'd'"),
+        ({"initial_losses": {"a": 0.0}}, r"`initial_losses` must .*got 0.0 for 'a'"),
+        ({"base": torch.optim.LBFGS(model.parameters())}, r"must not need a closure.*LBFGS"),
+    ]
+    for keywords, message in cases:
+        with pytest.raises(ValueError, match=message):
+            make(model, **keywords)
+    with pytest.raises(ValueError, match=r"loss of task 'b' must be positive for GradNorm, got -"):
+        make(model).step(
+            lambda ts, *b: {t: v * (-1 if t == "b" else 1) for t, v in losses(ts, *b).items()},
+            *batches(1)[0],
+        )
+    for forwards in ("joint", "per-task"):
+        with pytest.raises(ValueError, match=r"`shared` must be reached by every task.*'b'"):
+            make(model, shared=model.heads["a"].parameters(), forwards=forwards).step(
+                losses, *batches(1)[0]
+            )
+    assert_equal(snapshot(model), start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 10])
+def test_the_papers_toy_problem_improves_over_equal_weights(count: int) -> None:
+    """Chen et al., section 4: f_i(x) = s_i tanh((B + e_i) x), scales s_i from 1 to 100.
+
+    The measure is the paper's: the sum of the losses relative to their initial values.
+    """
+    torch.manual_seed(0)
+    scales = torch.logspace(0, 2, count)
+    common = torch.randn(100, 250) * math.sqrt(10)
+    own = torch.randn(count, 100, 250) * math.sqrt(3.5)
+    tasks = [f"f{i}" for i in range(count)]
+    draws = torch.Generator().manual_seed(1)
+
+    def network() -> Any:
+        torch.manual_seed(2)
+        trunk = [torch.nn.Linear(250, 100), torch.nn.ReLU()]
+        trunk += [m for _ in range(3) for m in (torch.nn.Linear(100, 100), torch.nn.ReLU())]
+        heads = torch.nn.ModuleList([torch.nn.Linear(100, 100) for _ in tasks])
+        return torch.nn.ModuleDict({"trunk": torch.nn.Sequential(*trunk), "heads": heads})
+
+    def losses(model: Any, x: Tensor) -> dict[str, Tensor]:
+        features = model["trunk"](x)
+        result = {}
+        for i, task in enumerate(tasks):
+            truth = scales[i] * torch.tanh((common + own[i]) @ x.T / 250).T
+            result[task] = ((model["heads"][i](features) - truth) ** 2).mean()
+        return result
+
+    models = {"equal": network(), "gradnorm": network()}
+    bases = {k: torch.optim.Adam(m.parameters(), lr=1e-3) for k, m in models.items()}
+    methods: dict[str, Any] = {
+        "equal": mtlopt.JointOptimizer(bases["equal"], tasks),
+        "gradnorm": mtlopt.GradNorm(
+            bases["gradnorm"], tasks, models["gradnorm"]["trunk"][-2].parameters(), alpha=0.12
+        ),
+    }
+    test = torch.randn(500, 250, generator=draws)
+    first = {t: v.item() for t, v in losses(models["equal"], test).items()}
+    for _ in range(400):
+        x = torch.randn(100, 250, generator=draws)
+        for name, method in methods.items():
+            method.step(losses(models[name], x))
+    relative = {
+        name: sum(v.item() / first[t] for t, v in losses(model, test).items()) / count
+        for name, model in models.items()
+    }
+    assert relative["gradnorm"] < 0.95 * relative["equal"], relative

@@ -1,0 +1,283 @@
+"""PCGrad against the paper's algorithm, written here over whole vectors."""
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mtlopt
+from mtlopt._gradients import combine, gram
+from mtlopt._pcgrad import project_conflicts
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+
+
+def algorithm_1(gradients: list[Tensor], orders: Any) -> Tensor:
+    """Yu et al., Algorithm 1, in float64 and in the space of the gradients."""
+    total = torch.zeros_like(gradients[0])
+    for i, order in enumerate(orders):
+        own = gradients[i].clone()
+        for j in order:
+            inner = own @ gradients[j]
+            if inner < 0:
+                own -= inner / (gradients[j] @ gradients[j]) * gradients[j]
+        total += own
+    return total
+
+
+def project(gradients: list[Tensor], orders: Any) -> Tensor:
+    lists: list[Any] = [[g.clone()] for g in gradients]
+    coefficients = project_conflicts(gram(lists).tolist(), orders)
+    (combined,) = combine(lists, coefficients)
+    assert combined is not None
+    return combined
+
+
+def draw(count: int, size: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(count, size, generator=generator, dtype=torch.float64))
+
+
+def test_two_conflicting_gradients_follow_the_closed_form() -> None:
+    """g1 + g2 - (g1·g2/|g2|²) g2 - (g1·g2/|g1|²) g1, in numbers by hand."""
+    first = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    second = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    # g1·g2 = -2, |g1|² = 4, |g2|² = 2: g1 + g2 = (1, 1) and then (-1, 1) and (0, 1) halves.
+    expected = torch.tensor([2.0 - 1 - 1 + 1, 0.0 + 1 + 1 + 0])
+    assert project([first, second], [[1], [0]]).tolist() == expected.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_every_drawn_order_gives_the_papers_result(count: int) -> None:
+    others = [[j for j in range(count) if j != i] for i in range(count)]
+    for seed, orders in enumerate(itertools.product(*map(itertools.permutations, others))):
+        gradients = draw(count, 5, seed)
+        torch.testing.assert_close(
+            project(gradients, orders), algorithm_1(gradients, orders), rtol=1e-9, atol=1e-12
+        )
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 8), st.integers(1, 6), st.integers(0, 2**16))
+def test_any_number_of_gradients_gives_the_papers_result(count: int, size: int, seed: int) -> None:
+    """Also more gradients than dimensions, where the Gram matrix is singular."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = draw(count, size, seed)
+    orders = [
+        [j for j in torch.randperm(count, generator=generator).tolist() if j != i]
+        for i in range(count)
+    ]
+    scale = max(1.0, algorithm_1(gradients, orders).abs().max().item())
+    result = project(gradients, orders)
+    if all(abs(g @ h) > 1e-6 for g, h in itertools.combinations(gradients, 2)) and size > count:
+        torch.testing.assert_close(
+            result, algorithm_1(gradients, orders), rtol=0, atol=1e-9 * scale
+        )
+    assert result.isfinite().all()
+
+
+def test_gradients_that_agree_are_summed_to_the_last_bit() -> None:
+    gradients = [g.abs() for g in draw(3, 100, 0)]
+    orders = [[1, 2], [2, 0], [0, 1]]
+    assert torch.equal(project(gradients, orders), gradients[0] + gradients[1] + gradients[2])
+
+
+def test_zero_identical_and_opposite_gradients_are_exact() -> None:
+    g, zero = draw(1, 10, 0)[0], torch.zeros(10, dtype=torch.float64)
+    both = [[1], [0]]
+    assert torch.equal(project([g, zero], both), g)
+    assert torch.equal(project([zero, zero], both), zero)
+    assert torch.equal(project([g, g], both), 2 * g)
+    assert torch.equal(project([g, -g], both), zero)
+    assert torch.equal(project([g], [[]]), g)
+
+
+class Branched(torch.nn.Module):
+    """A trunk for a, b and c; a branch for a and b; a head for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        make: Any = lambda: torch.nn.Linear(4, 4, dtype=torch.float64)  # noqa: E731  # shorthand
+        self.trunk, self.branch = make(), make()
+        self.heads = torch.nn.ModuleDict({t: make() for t in TASKS})
+
+    def forward(self, x: Tensor, tasks: Any) -> dict[str, Tensor]:
+        features = self.trunk(x).tanh()
+        return {
+            t: self.heads[t](self.branch(features).tanh() if t != "c" else features) for t in tasks
+        }
+
+
+def orders_of(seed: int, count: int = 3) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(count, generator=generator).tolist() for _ in range(count)]
+    return [[j for j in order if j != i] for i, order in enumerate(drawn)]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("forwards", ["joint", "per-task"])
+def test_inner_products_run_over_what_at_least_two_tasks_share(
+    reduction: Any, forwards: Any
+) -> None:
+    """A task counts as zero where it does not reach; heads get their plain gradient."""
+    conflicts = 0
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = Branched()
+        losses = make_losses(model)
+        (x, y), *_ = batches(1)
+        shared = [*model.trunk.parameters(), *model.branch.parameters()]
+        rows, heads = [], {}
+        for task in TASKS:
+            loss = losses((task,), x, y)[task]
+            own = list(model.heads[task].parameters())
+            grads = torch.autograd.grad(loss, shared + own, allow_unused=True)
+            found: list[Any] = list(grads[: len(shared)])
+            parts = [
+                torch.zeros_like(p) if g is None else g for p, g in zip(shared, found, strict=True)
+            ]
+            rows.append(torch.cat([part.flatten() for part in parts]))
+            heads[task] = grads[len(shared) :]
+        conflicts += sum(int(a @ b < 0) for a, b in itertools.combinations(rows, 2))
+        expected = algorithm_1(rows, orders_of(seed)) / (3 if reduction == "mean" else 1)
+        base = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer = mtlopt.PCGrad(base, TASKS, reduction, seed, forwards=forwards)
+        optimizer.step(losses, x, y)
+        got = torch.cat([p.grad.flatten() for p in shared if p.grad is not None])
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-13)
+        for task in TASKS:
+            for p, g in zip(model.heads[task].parameters(), heads[task], strict=True):
+                assert p.grad is not None
+                assert torch.equal(p.grad, g)
+    assert conflicts > 0
+
+
+def make(model: Any, seed: int = 0, **keywords: Any) -> Any:
+    return mtlopt.PCGrad(
+        torch.optim.Adam(model.parameters(), lr=0.05), TASKS, seed=seed, **keywords
+    )
+
+
+def run(optimizer: Any, model: Any, steps: slice = slice(None)) -> None:
+    for x, y in batches(8)[steps]:
+        optimizer.step(make_losses(model), x, y)
+
+
+def test_the_same_seed_is_the_same_run_and_resumes_bit_for_bit() -> None:
+    model = Network()
+    twins = [copy.deepcopy(model) for _ in range(3)]
+    optimizers = [make(twin, seed) for twin, seed in zip(twins, (1, 1, 2), strict=True)]
+    for optimizer, twin in zip(optimizers, twins, strict=True):
+        run(optimizer, twin)
+    assert_equal(snapshot(twins[0]), snapshot(twins[1]))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(twins[0].parameters(), twins[2].parameters(), strict=True)
+    )
+    first = make(model, 1)
+    run(first, model, slice(0, 4))
+    later = make(model, 5)
+    later.load_state_dict(first.state_dict())
+    run(later, model, slice(4, 8))
+    assert_equal(snapshot(model), snapshot(twins[0]))
+
+
+def test_the_draws_do_not_depend_on_who_is_absent() -> None:
+    optimizers = [make(Network(), 3), make(Network(), 3)]
+    (x, y), *_ = batches(1)
+    model = Network()
+    for optimizer, missing in zip(optimizers, ("", "abc"), strict=True):
+        losses = make_losses(model)
+        optimizer.step(
+            lambda ts, *b: {t: v for t, v in losses(ts, *b).items() if t not in missing}, x, y
+        )  # called at once
+    states = [optimizer.generator.get_state() for optimizer in optimizers]
+    assert torch.equal(*states)
+
+
+def test_absent_tasks_count_for_nothing() -> None:
+    """With one task present the step is the plain one, its head's included."""
+    model, twin = Network(), Network()
+    twin.load_state_dict(model.state_dict())
+    optimizer, plain = make(model, reduction="mean"), torch.optim.Adam(twin.parameters(), lr=0.05)
+    for x, y in batches(3):
+        optimizer.step(lambda ts, x, y: {"b": make_losses(model)("b", x, y)["b"]}, x, y)
+        plain.zero_grad()
+        make_losses(twin)("b", x, y)["b"].backward()
+        plain.step()
+    assert_equal(snapshot(model), snapshot(twin))
+
+
+def test_diagnostics_show_the_angles_and_who_was_absent() -> None:
+    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = mtlopt.PCGrad(torch.optim.SGD([w], lr=1.0), ["a", "b", "c"])
+    assert optimizer.diagnostics() == {}
+    vectors = {"a": torch.tensor([2.0, 0.0]), "c": torch.tensor([-1.0, 1.0])}
+    optimizer.step({t: w @ v.double() for t, v in vectors.items()})
+    seen = optimizer.diagnostics()
+    nan = math.nan
+    expected = torch.tensor([[1, nan, -(0.5**0.5)], [nan] * 3, [-(0.5**0.5), nan, 1]])
+    torch.testing.assert_close(
+        seen["cosines"], expected.double(), equal_nan=True, rtol=0, atol=1e-7
+    )
+    torch.testing.assert_close(
+        seen["coefficients"], torch.tensor([1.5, nan, 2.0]).double(), equal_nan=True
+    )
+    assert seen["conflict_fraction"] == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_are_multiplied_in_float32(dtype: torch.dtype) -> None:
+    """Eight bits of precision would lose the small conflict beside the large norm."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(100_000, generator=generator).to(dtype) for _ in range(3)]
+    result = gram([[part] for part in parts])
+    expected = torch.stack(parts).double() @ torch.stack(parts).double().T
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=0.05)
+
+
+def test_gradients_in_any_memory_order_are_multiplied_element_by_element() -> None:
+    """Of the same order, of different ones, and sparse."""
+    a, b = (torch.randn(3, 4, 5, 6, dtype=torch.float64) for _ in range(2))
+    expected = (a * b).sum()
+    last: Any = torch.channels_last
+    for first, second in (
+        (a, b),
+        (a.to(memory_format=last), b.to(memory_format=last)),
+        (a, b.to(memory_format=last)),
+        (a.to_sparse(), b.to_sparse()),
+        (a.to_sparse(), b),
+    ):
+        lists: list[Any] = [[first.clone()], [second.clone()]]
+        torch.testing.assert_close(gram(lists)[0, 1], expected, rtol=1e-12, atol=0)
+        (combined,) = combine(lists, [2.0, -1.0])
+        assert combined is not None
+        dense = combined.to_dense() if combined.is_sparse else combined
+        torch.testing.assert_close(dense, 2 * a - b, rtol=1e-12, atol=1e-12)
+
+
+def test_an_overflow_skips_the_step() -> None:
+    model = Network()
+    amp = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = make(model, scaler=amp)
+    (x, y), *_ = batches(1)
+    losses = make_losses(model)
+    optimizer.step(losses, x, y)
+    start = snapshot(model)
+    optimizer.step(
+        lambda ts, *b: {t: v * (1e308 if t == "b" else 1) for t, v in losses(ts, *b).items()}, x, y
+    )
+    assert_equal(snapshot(model), start)
+    assert amp.get_scale() == 512
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="`reduction` must be 'sum' or 'mean', got 'max'"):
+        make(Network(), reduction="max")
+    with pytest.raises(ValueError, match=r"must not need a closure.*got LBFGS"):
+        mtlopt.PCGrad(torch.optim.LBFGS(Network().parameters()), TASKS)
