@@ -1,6 +1,7 @@
 """GradNorm: loss weights that balance the tasks' training rates (Chen et al., 2018)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -197,10 +198,10 @@ class GradNorm(CombiningOptimizer):
         terms = self._by_task(present)
         self._check_positive(terms)
         for task, term in terms.items():
-            own = torch.autograd.grad(
+            own: Sequence[Tensor | None] = torch.autograd.grad(
                 scale(term), self.shared, retain_graph=True, allow_unused=True
             )
-            # A copy, since results of autograd may share their memory.
+            # Copies, since results of autograd may share their memory.
             self._remember(task, [None if part is None else part.clone() for part in own])
         if terms:
             weights = dict(zip(self.tasks, self._weights, strict=True))
@@ -240,7 +241,7 @@ class GradNorm(CombiningOptimizer):
             raise ValueError(
                 f"`shared` must be reached by every task, got parameters that {task!r} does not."
             )
-        seen = self._pending.setdefault(task, _Seen([None] * len(gradient), []))
+        seen = self._pending.setdefault(task, _Seen([None] * len(gradient)))
         seen.gradient = _gradients.add(seen.gradient, gradient)
 
     def _stepped(self, skipped: Tensor | None) -> None:
@@ -249,20 +250,14 @@ class GradNorm(CombiningOptimizer):
             return
         present = [k for k, task in enumerate(self.tasks) if task in pending]
         norms = torch.stack(
-            [
-                torch.linalg.vector_norm(torch.stack(_gradients.norms(seen.gradient))) / seen.unit
-                for seen in pending.values()
-            ]
+            [torch.stack(_gradients.norms(s.gradient)).norm() / s.unit for s in pending.values()]
         )
         losses = torch.stack([torch.stack(seen.losses).mean() for seen in pending.values()])
         norms, losses = norms.to(self._initial), losses.to(self._initial)
-        self._initial[present] = torch.where(
-            self._initial[present].isnan(), losses, self._initial[present]
-        )
+        first = self._initial[present]
+        self._initial[present] = first = torch.where(first.isnan(), losses, first)
         weights = torch.stack([self._weights[k] for k in present])
-        slopes, rates = weight_gradients(
-            weights, norms, losses / self._initial[present], self.alpha
-        )
+        slopes, rates = weight_gradients(weights, norms, losses / first, self.alpha)
         for k, slope in zip(present, slopes, strict=True):
             self._weights[k].grad = slope
         self._adam.step()
@@ -296,10 +291,10 @@ class GradNorm(CombiningOptimizer):
             self._pending = {}
 
 
+@dataclass
 class _Seen:
     """What a step has seen of a task: its gradient over `shared`, summed, and its losses."""
 
-    def __init__(self, gradient: _gradients.Gradients, losses: list[Tensor]) -> None:
-        self.gradient = gradient
-        self.losses = losses
-        self.unit = torch.ones(())
+    gradient: _gradients.Gradients
+    losses: list[Tensor] = field(default_factory=list)
+    unit: Tensor = field(default_factory=lambda: torch.ones(()))

@@ -168,12 +168,12 @@ def test_every_form_takes_the_same_steps(form: str) -> None:
     twin.load_state_dict(model.state_dict())
     plain = make(twin)
     amp = torch.amp.GradScaler("cpu", init_scale=256.0)
-    keywords: dict[str, Any] = {
+    keywords: Any = {
         "per-task": {"forwards": "per-task"},
         "scaler": {"scaler": amp},
         "imperative": {"scaler": amp},
-    }.get(form, {})
-    optimizer = make(model, **keywords)
+    }
+    optimizer = make(model, **keywords.get(form, {}))
     losses = make_losses(model)
     for x, y in batches(5):
         plain.step(make_losses(twin), x, y)
@@ -231,9 +231,9 @@ def test_what_cannot_be_balanced_is_refused() -> None:
         ({"initial_losses": {"a": 0.0}}, r"`initial_losses` must .*got 0.0 for 'a'"),
         ({"base": torch.optim.LBFGS(model.parameters())}, r"must not need a closure.*LBFGS"),
     ]
-    for keywords, message in cases:
+    for bad, message in cases:
         with pytest.raises(ValueError, match=message):
-            make(model, **keywords)
+            make(model, **bad)
     with pytest.raises(ValueError, match=r"loss of task 'b' must be positive for GradNorm, got -"):
         make(model).step(
             lambda ts, *b: {t: v * (-1 if t == "b" else 1) for t, v in losses(ts, *b).items()},

@@ -56,7 +56,12 @@ class MultiTaskUNet(nn.Module):
         if dense:
             for skip, out in zip(channels[3::-1], (*channels[2::-1], width), strict=True):
                 self.decoder.append(_double_convolution(2 * skip, skip, out, norm))
-            self.heads.update({task: _dense_head(width) for task in dense})
+            for task in dense:
+                head = nn.Conv2d(width, 1, kernel_size=1)
+                if task != "fovea" and head.bias is not None:
+                    # A picture is mostly background; to learn that takes hundreds of steps.
+                    nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
+                self.heads[task] = head
 
     def forward(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Computes the logits of the tasks asked, and nothing that they do not need.
@@ -89,15 +94,6 @@ class MultiTaskUNet(nn.Module):
 def count_parameters(model: nn.Module) -> int:
     """Counts the trainable numbers of a model."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _dense_head(width: int) -> nn.Conv2d:
-    head = nn.Conv2d(width, 1, kernel_size=1)
-    if head.bias is not None:
-        # A picture is mostly background: to learn that alone would take hundreds of steps, during
-        # which the centre of mass of the saliency map is the picture's.
-        nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
-    return head
 
 
 def _double_convolution(inside: int, middle: int, out: int, norm: str) -> nn.Sequential:
