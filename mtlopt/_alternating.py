@@ -100,7 +100,7 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
         """Takes a step for every task that the batch has labels for.
 
         Args:
-            losses: Function losses(tasks, *batch) that returns a mapping from task to a scalar
+            losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar
                 loss, (loss, count) or None; it is called once per task.
             *batch: Passed on to `losses`.
             micro_batches: Several batches to average over, in place of `batch`.

@@ -94,7 +94,7 @@ class CombiningOptimizer(WrappedOptimizer):
         """Takes one step on all tasks that the batch has labels for.
 
         Args:
-            losses: Function losses(tasks, *batch) that returns a mapping from task to a scalar
+            losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar
                 loss, (loss, count) or None; or that mapping itself, from one forward pass. None:
                 apply the gradients in `.grad`, as torch's `step` does.
             *batch: Passed on to `losses`.

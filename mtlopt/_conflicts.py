@@ -18,7 +18,7 @@ from mtlopt._losses import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ConflictReport:
     cosines: Tensor
     conflict_fraction: float
 
-    def plot(self) -> "Figure":
+    def plot(self) -> "matplotlib.figure.Figure":
         """Draws the cosines as a heat map beside the norms.
 
         Returns:
@@ -81,7 +81,7 @@ def conflicts(
     """Measures how the tasks' gradients conflict at the present weights, and moves nothing.
 
     Args:
-        losses: Function losses(tasks, *batch), called once for all tasks, or ready losses.
+        losses: Function ``losses(tasks, *batch)``, called once for all tasks, or ready losses.
         params: Parameters to differentiate, usually those that the tasks share; ``.grad`` is left
             as it is.
         tasks: Names of the tasks; a tuple of names is a group, one objective.

@@ -50,9 +50,10 @@ class GradNorm(CombiningOptimizer):
     .. math:: w \leftarrow w - \eta \sum_i w_i(t) \, g_i(w)
 
     A task that trains more slowly than the others gets a larger gradient (:math:`\alpha > 0`).
-    After the network's step the weights :math:`w_i` take one step of Adam on the loss of
-    :func:`weight_gradients`, are clamped at 1e-3 and rescaled to their sum T. That loss never
-    reaches the network. Losses must be positive.
+    After the network's step the weights :math:`w_i` take one step of Adam on the loss
+    :math:`\sum_i |w_i \lVert g_i \rVert - \bar G r_i^\alpha|`, with :math:`r_i` the relative
+    inverse training rate, are clamped at 1e-3 and rescaled to their sum T. That loss never reaches
+    the network. Losses must be positive.
 
     Args:
         optimizer: Optimizer that applies the weighted gradient; it owns the parameters.
@@ -147,9 +148,8 @@ class GradNorm(CombiningOptimizer):
         """Returns the state of the balance, NaN for a task that was absent from the last step.
 
         Returns:
-            ``weights`` (T,): the ones to be used next. ``norms`` (T,): norms of the weighted
-            gradients over `shared`, :math:`G_i`. ``rates`` (T,): relative inverse training rates
-            :math:`r_i`, mean 1, larger for a slower task.
+            ``weights`` (T,): the ones to be used next. ``norms`` (T,): :math:`G_i` of the weighted
+            gradients over `shared`. ``rates`` (T,): :math:`r_i`, mean 1, larger if slower.
         """
         nan = torch.full_like(self._initial[0], float("nan"))
         last = [self._last.get(task, (nan, nan)) for task in self.tasks]

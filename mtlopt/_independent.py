@@ -125,7 +125,7 @@ class IndependentOptimizer(Panel):
         """Takes a step for every task that the batch has labels for, each with its own state.
 
         Args:
-            losses: Function losses(tasks, *batch) that returns a mapping from task to a scalar
+            losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar
                 loss, (loss, count) or None; "sequential" calls it once per task, "simultaneous"
                 once for all, and also takes the mapping itself.
             *batch: Passed on to `losses`.
