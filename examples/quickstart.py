@@ -1,0 +1,170 @@
+"""One training loop, five methods: three tasks in conflict, on made-up data, in seconds.
+
+python examples/quickstart.py --method pcgrad
+python examples/quickstart.py --method gradnorm --plot runs/quickstart
+tensorboard --logdir runs/quickstart
+torchrun --nproc-per-node 2 examples/quickstart.py
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
+import mtlopt
+
+METHODS = ("independent", "alternating", "joint", "pcgrad", "gradnorm")
+TASKS = ("price", "days", "sold")
+Targets = Mapping[str, Tensor]
+Losses = Callable[[Sequence[str], Tensor, Targets], dict[str, Tensor]]
+
+
+class Network(nn.Module):
+    """A trunk too narrow for the tasks not to disturb one another, and a head per task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2), nn.Tanh())
+        self.heads = nn.ModuleDict({task: nn.Linear(2, 1) for task in TASKS})
+
+    def forward(self, inputs: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+        features = self.trunk(inputs)
+        return {task: self.heads[task](features).squeeze(1) for task in tasks}
+
+
+def make_data(count: int) -> tuple[Tensor, Targets]:
+    """Draws things to sell, and three targets that differ in kind and in scale."""
+    inputs = torch.randn(count, 8)
+    cost, rarity, demand = (inputs @ torch.randn(8, 3) / 8**0.5).T
+    sold = (demand > cost).float()
+    return inputs, {"price": 4 * cost, "days": torch.tanh(rarity - cost), "sold": sold}
+
+
+def make_losses(model: nn.Module) -> Losses:
+    criteria: dict[str, Any] = dict.fromkeys(TASKS, mse_loss)
+    criteria["sold"] = binary_cross_entropy_with_logits
+
+    # The optimizer says which tasks it wants now.
+    def losses(tasks: Sequence[str], inputs: Tensor, targets: Targets) -> dict[str, Tensor]:
+        outputs = model(inputs, tasks)
+        return {task: criteria[task](outputs[task], targets[task]) for task in tasks}
+
+    return losses
+
+
+def make_optimizer(
+    method: str, model: Network, group: dist.ProcessGroup | None, lr: float = 0.01
+) -> mtlopt.MultiTaskOptimizer:
+    """The one line that differs."""
+    parameters, last = list(model.parameters()), model.trunk[-2].parameters()
+    adam = torch.optim.Adam(parameters, lr=lr)
+    if method == "independent":
+        return mtlopt.IndependentOptimizer(torch.optim.Adam, parameters, TASKS, lr=lr)
+    if method == "alternating":
+        return mtlopt.AlternatingOptimizer(adam, TASKS)
+    if method == "joint":
+        return mtlopt.JointOptimizer(adam, TASKS, process_group=group)
+    if method == "pcgrad":
+        return mtlopt.PCGrad(adam, TASKS, process_group=group)
+    return mtlopt.GradNorm(adam, TASKS, shared=last, process_group=group)
+
+
+class Plots:
+    """Writes event files for TensorBoard, conflicts.png and training.png."""
+
+    def __init__(self, folder: Path, method: str) -> None:
+        try:
+            from matplotlib.figure import Figure  # noqa: PLC0415  # only for --plot
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # only for --plot
+        except ImportError as error:
+            raise SystemExit(f"{error}; for --plot: pip install matplotlib tensorboard") from None
+        self.folder, self.method = folder, method
+        self.figure = Figure(figsize=(9, 3.2), layout="constrained")
+        self.writer = SummaryWriter(str(folder))
+        self.curves: dict[str, list[Tensor]] = {}
+
+    def add_conflicts(self, step: int, report: mtlopt.ConflictReport) -> None:
+        figure = report.plot()
+        if step == 0:
+            figure.savefig(self.folder / "conflicts.png", dpi=150)
+        self.writer.add_figure("conflicts", figure, step)
+        self.add(step, {"trunk_norms": report.norms})
+
+    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            if value.ndim == 0:  # PCGrad's conflict fraction
+                self.writer.add_scalar(name, value, step)
+            elif value.ndim == 1:  # One number per task: losses, norms, coefficients, weights
+                self.curves.setdefault(name, []).append(value)
+                for task, own in zip(TASKS, value, strict=True):
+                    self.writer.add_scalar(f"{name}/{task}", own, step)
+
+    def close(self) -> None:
+        self.writer.close()
+        names = [name for name in ("losses", "weights") if name in self.curves]
+        axes = self.figure.subplots(1, len(names), squeeze=False)[0]
+        for ax, name in zip(axes, names, strict=True):
+            ax.plot(torch.stack(self.curves[name]).numpy(), linewidth=1)
+            ax.set(title=f"{self.method}: {name}", xlabel="step")
+            ax.set_yscale("log" if name == "losses" else "linear")
+            ax.grid(alpha=0.3)
+        self.figure.legend(axes[0].lines, TASKS, loc="outside right center")
+        self.figure.savefig(self.folder / "training.png", dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train three tasks with one of five methods.")
+    parser.add_argument("--method", choices=METHODS, default="independent")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures and event files")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # The network is too small for more.
+    torch.manual_seed(0)
+
+    parallel = dist.is_torchelastic_launched()  # by torchrun
+    if parallel:
+        dist.init_process_group("gloo")
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+
+    inputs, targets = make_data(512)
+    model = Network()
+    losses = evaluate = make_losses(model)
+    if parallel and options.method in ("independent", "alternating"):
+        # A step per task: DDP averages each gradient. The other methods do so themselves, in the
+        # process group, before they combine the tasks' gradients.
+        losses = make_losses(DistributedDataParallel(model, find_unused_parameters=True))
+    optimizer = make_optimizer(options.method, model, dist.group.WORLD if parallel else None)
+    plots = Plots(options.plot, options.method) if options.plot and rank == 0 else None
+
+    own = torch.arange(rank, len(inputs), ranks)  # each process its part of the data
+    before = evaluate(TASKS, inputs, targets)
+    for step in range(options.steps):
+        rows = own[torch.randint(len(own), (64 // ranks,))]
+        if plots and step % 100 == 0:
+            shared = model.trunk.parameters()
+            report = mtlopt.conflicts(evaluate, shared, TASKS, inputs, targets)
+            plots.add_conflicts(step, report)
+        values = optimizer.step(losses, inputs[rows], {t: y[rows] for t, y in targets.items()})
+        if plots:
+            drawn = torch.stack([values[task] for task in TASKS])
+            plots.add(step, {"losses": drawn, **optimizer.diagnostics()})
+    after = evaluate(TASKS, inputs, targets)
+
+    if rank == 0:
+        print(f"{options.method}, {options.steps} steps\ntask    before    after")
+        for task in TASKS:
+            print(f"{task:6} {before[task].item():7.3f}  {after[task].item():7.3f}")
+    if plots:
+        plots.close()
+    if parallel:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""examples/quickstart.py: the losses fall with every method, alone, with plots, on two ranks."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "examples" / "quickstart.py"
+METHODS = ["independent", "alternating", "joint", "pcgrad", "gradnorm"]
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(printed: str) -> tuple[str, dict[str, tuple[float, float]]]:
+    """Returns the heading, and each task's loss before and after."""
+    heading, _, *rows = printed.strip().splitlines()
+    cells = [row.split() for row in rows]
+    return heading, {task: (float(before), float(after)) for task, before, after in cells}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_tasks_loss_falls(
+    quickstart: ModuleType, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart.main(["--method", method])
+    heading, losses = read(capsys.readouterr().out)
+    assert heading == f"{method}, 300 steps"
+    assert list(losses) == ["price", "days", "sold"]
+    for before, after in losses.values():
+        assert after < 0.7 * before, losses
+
+
+def test_the_methods_offered_are_those_tested(quickstart: ModuleType) -> None:
+    assert list(quickstart.METHODS) == METHODS
+
+
+def test_the_tasks_conflict_at_the_start(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the example shows nothing."""
+    reports = []
+    monkeypatch.setattr(
+        quickstart.Plots, "add_conflicts", lambda plots, step, report: reports.append(report)
+    )
+    quickstart.main(["--steps", "1", "--plot", str(tmp_path)])
+    assert reports[0].conflict_fraction > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "tags"),
+    [
+        ("joint", {"trunk_norms/sold"}),
+        ("independent", {"gradient_norms/sold"}),
+        ("pcgrad", {"conflict_fraction", "coefficients/sold"}),
+        ("gradnorm", {"weights/sold", "norms/sold"}),
+    ],
+)
+def test_plot_writes_pictures_and_what_the_method_saw(
+    quickstart: ModuleType, method: str, tags: set[str], tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]  # no stubs
+        event_accumulator,
+    )
+
+    quickstart.main(["--method", method, "--steps", "110", "--plot", str(tmp_path)])
+    for name in ("conflicts.png", "training.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    written = event_accumulator.EventAccumulator(str(tmp_path))
+    written.Reload()
+    assert tags | {"losses/price"} <= set(written.Tags()["scalars"])
+    assert [event.step for event in written.Scalars("losses/price")] == list(range(110))
+    assert [event.step for event in written.Images("conflicts")] == [0, 100]
+
+
+def test_a_package_that_plot_needs_is_named(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit, match="for --plot: pip install matplotlib tensorboard"):
+        quickstart.main(["--plot", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["independent", "pcgrad"])
+def test_two_ranks_train_together_and_one_prints(method: str) -> None:
+    # The package is found beside the example where it is not installed.
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(QUICKSTART), "--method", method],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    heading, losses = read(done.stdout)
+    assert heading == f"{method}, 300 steps"
+    for before, after in losses.values():
+        assert after < 0.7 * before, losses
