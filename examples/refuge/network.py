@@ -56,12 +56,7 @@ class MultiTaskUNet(nn.Module):
         if dense:
             for skip, out in zip(channels[3::-1], (*channels[2::-1], width), strict=True):
                 self.decoder.append(_double_convolution(2 * skip, skip, out, norm))
-            for task in dense:
-                head = nn.Conv2d(width, 1, kernel_size=1)
-                if task != "fovea" and head.bias is not None:
-                    # A picture is mostly background; to learn that takes hundreds of steps.
-                    nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
-                self.heads[task] = head
+            self.heads.update({task: _dense_head(width) for task in dense})
 
     def forward(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Computes the logits of the tasks asked, and nothing that they do not need.
@@ -94,6 +89,14 @@ class MultiTaskUNet(nn.Module):
 def count_parameters(model: nn.Module) -> int:
     """Counts the trainable numbers of a model."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _dense_head(width: int) -> nn.Conv2d:
+    """Starts from a mostly empty picture, which to learn first would take hundreds of steps."""
+    head = nn.Conv2d(width, 1, kernel_size=1)
+    if head.bias is not None:
+        nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
+    return head
 
 
 def _double_convolution(inside: int, middle: int, out: int, norm: str) -> nn.Sequential:
