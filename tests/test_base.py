@@ -410,3 +410,32 @@ def test_the_imperative_form_works_with_the_users_own_scaler() -> None:
     amp.update()
     train(MAKERS["joint"](twin), twin)
     assert_equal(snapshot(model), snapshot(twin))
+
+
+@methods
+def test_the_scale_grows_once_a_step(method: str) -> None:
+    amp = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
+    model = Network()
+    optimizer = MAKERS[method](model, scaler=amp)
+    scales = []
+    for x, y in batches(8):
+        optimizer.step(make_losses(model), x, y)
+        scales.append(amp.get_scale())
+    assert scales == [1024.0] * 3 + [2048.0] * 4 + [4096.0]
+
+
+@methods
+def test_step_hooks_see_unscaled_gradients(method: str) -> None:
+    """Fused classes would unscale later, inside the step."""
+    norms: list[list[float]] = []
+    for amp in (None, scaler()):
+        torch.manual_seed(0)
+        model: Any = Network()
+        optimizer = MAKERS[method](model, c=lambda p, **k: AdamW(p, fused=True, **k), scaler=amp)
+        seen: list[float] = []
+        optimizer.register_step_pre_hook(
+            lambda *_, s=seen, m=model: s.append(m.trunk[0].weight.grad.norm().item())
+        )
+        train(optimizer, model)
+        norms.append(seen)
+    assert norms[0] == norms[1] != []

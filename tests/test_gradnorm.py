@@ -219,6 +219,34 @@ def test_an_overflow_changes_no_weights_and_no_initial_loss(imperative: bool) ->
     assert amp.get_scale() == 512
 
 
+def test_scaled_losses_of_the_imperative_form_are_unscaled_beside_initial_ones() -> None:
+    model = Network()
+    amp = torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizer = make(model, scaler=amp, initial_losses={"a": 7.0})
+    (x, y), *_ = batches(1)
+    found = make_losses(model)(TASKS, x, y)
+    optimizer.zero_grad()
+    optimizer.backward({t: amp.scale(v) for t, v in found.items()})
+    amp.step(optimizer)
+    amp.update()
+    saved = optimizer.state_dict()["mtlopt"]["initial_losses"].tolist()
+    assert saved == pytest.approx([7.0, found["b"].item(), found["c"].item()])
+    ratios = torch.tensor([found["a"].item() / 7, 1.0, 1.0])
+    torch.testing.assert_close(optimizer.diagnostics()["rates"], ratios / ratios.mean())
+
+
+def test_the_norm_is_over_all_shared_parameters_at_once() -> None:
+    """Also where autograd's results share their memory, as p's and q's here."""
+    p, q = (torch.tensor([1.0, 1.0], requires_grad=True) for _ in range(2))
+    optimizer = mtlopt.GradNorm(torch.optim.SGD([p, q], lr=0.1), ["a", "b"], [p, q])
+    optimizer.zero_grad()
+    for _ in range(2):  # Each adds (3, 3) of a and (1, 1) of b to p and to q.
+        total = (p + q).sum()
+        optimizer.backward({"a": 3 * total, "b": total})
+    optimizer.step()
+    assert optimizer.diagnostics()["norms"].tolist() == pytest.approx([12.0, 4.0])
+
+
 def test_what_cannot_be_balanced_is_refused() -> None:
     model = Network()
     losses = make_losses(model)

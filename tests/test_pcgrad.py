@@ -187,17 +187,39 @@ def test_the_same_seed_is_the_same_run_and_resumes_bit_for_bit() -> None:
     assert_equal(snapshot(model), snapshot(twins[0]))
 
 
-def test_the_draws_do_not_depend_on_who_is_absent() -> None:
+@pytest.mark.parametrize("missing", ["b", "ac", "abc"])
+def test_the_draws_do_not_depend_on_who_is_absent(missing: str) -> None:
     optimizers = [make(Network(), 3), make(Network(), 3)]
     (x, y), *_ = batches(1)
-    model = Network()
-    for optimizer, missing in zip(optimizers, ("", "abc"), strict=True):
-        losses = make_losses(model)
-        optimizer.step(
-            lambda ts, *b: {t: v for t, v in losses(ts, *b).items() if t not in missing}, x, y
-        )  # called at once
-    states = [optimizer.generator.get_state() for optimizer in optimizers]
-    assert torch.equal(*states)
+    losses = make_losses(Network())
+    for optimizer, absent in zip(optimizers, ("", missing), strict=True):
+        optimizer.step({t: v for t, v in losses(TASKS, x, y).items() if t not in absent})
+    assert torch.equal(*(optimizer.generator.get_state() for optimizer in optimizers))
+
+
+def test_every_step_draws_its_orders_anew() -> None:
+    vectors = [[2.0, 0.0], [-1.0, 1.5], [-1.0, -1.8]]  # Each conflicts with each.
+    gradients = [torch.tensor(v, dtype=torch.float64) for v in vectors]
+    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = mtlopt.PCGrad(torch.optim.SGD([w], lr=0.0), TASKS, seed=4)
+    results = set()
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(6):
+        optimizer.step({t: w @ g for t, g in zip(TASKS, gradients, strict=True)})
+        drawn = [torch.randperm(3, generator=generator).tolist() for _ in TASKS]
+        orders = [[j for j in order if j != i] for i, order in enumerate(drawn)]
+        assert w.grad is not None
+        torch.testing.assert_close(w.grad, algorithm_1(gradients, orders), rtol=1e-12, atol=1e-12)
+        results.add(tuple(w.grad.tolist()))
+    assert len(results) > 2
+
+
+def test_the_mean_is_over_the_present_tasks() -> None:
+    """The projected gradients (1, 1) and (0, 1), halved: two of the three tasks are here."""
+    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = mtlopt.PCGrad(torch.optim.SGD([w], lr=1.0), TASKS, "mean")
+    optimizer.step({"a": 2 * w[0], "c": w[1] - w[0]})
+    assert w.tolist() == [-0.5, -1.0]
 
 
 def test_absent_tasks_count_for_nothing() -> None:
