@@ -134,6 +134,10 @@ def train(settings: Settings, out: Path, resume: bool) -> None:
     )
 
     def losses(tasks: Sequence[str], batch: Batch) -> Mapping[str, Any]:
+        # Batch norm must see the pictures that the losses are of: others shift its statistics.
+        batch = batch.only(tasks)
+        if len(batch.images) == 0:
+            return {}
         with autocast():
             logits = model(batch.images, tasks)
         return task_losses(logits, batch)

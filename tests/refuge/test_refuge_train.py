@@ -101,7 +101,7 @@ def test_training_equals_a_plain_loop(repacked: Path, tmp_path: Path) -> None:
     adams = {task: torch.optim.Adam(model.parameters(), lr=1e-3) for task in TASKS}
     shuffle = torch.Generator().manual_seed(3)
     for _ in range(2):
-        order = torch.randperm(10, generator=shuffle)
+        order = torch.randperm(11, generator=shuffle)
         for rows in (order[:4], order[4:8]):
             batch = pictures[rows]
             for task in TASKS:
@@ -302,8 +302,8 @@ def test_too_large_a_batch_is_refused(
 ) -> None:
     """The last incomplete batch is dropped, so there would be none."""
     out = tmp_path / "run"
-    assert run_here("--data", repacked, "--batch-size", 11, "--out", out) == 2
-    assert "`--batch-size` must be at most 10 (the training pictures)" in capsys.readouterr().err
+    assert run_here("--data", repacked, "--batch-size", 12, "--out", out) == 2
+    assert "`--batch-size` must be at most 11 (the training pictures)" in capsys.readouterr().err
     assert not out.exists()
 
 
