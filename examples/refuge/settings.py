@@ -27,7 +27,7 @@ class Settings:
 
     data: str = "phantom"
     method: str = "independent"
-    epochs: int = 16
+    epochs: int = 14
     lr: float = 1e-3
     batch_size: int = 8
     width: int = 16
