@@ -152,14 +152,11 @@ class MultiTaskOptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        try:
-            self._check_state(state_dict)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"`state_dict` must be whole, got one with {error!r}.") from error
         owners = (self, *self._inner_optimizers())
         kept = [dict(vars(owner)) for owner in owners]
         drawn = None if self.generator is None else self.generator.get_state()
         try:
+            self._check_state(state_dict)
             self._restore_state(state_dict)
             saved = state_dict.get("mtlopt", {}).get("generator")
             if self.generator is not None and saved is not None:
