@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 Gradients: TypeAlias = list[Tensor | None]
-BLOCK = 2**15
-"""Numbers that a processor takes at once: a block of each of several tasks fits its cache."""
+BLOCK = 2**20
+"""Numbers that a processor takes at once, of all tasks together: they fit its cache."""
+CHUNK = 2**12
+"""Numbers per task that one product sums, so that a processor's cores share a long sum."""
 
 
 def differentiate(
@@ -104,10 +106,8 @@ def gram(gradients: Sequence[Gradients]) -> Tensor:
     for tasks, column in zip(reach(gradients), zip(*gradients, strict=True), strict=True):
         if len(tasks) < 2:
             continue
-        for block in _blocks(_vectors([g for g in column if g is not None])):
-            rows = torch.stack(block)
-            rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-            product = (rows @ rows.mT.conj()).real.double()
+        for block in _blocks([g for g in column if g is not None]):
+            product = _inner_products(torch.stack(block))
             products[tasks] = products[tasks] + product if tasks in products else product
     device = next((p.device for p in products.values()), torch.device("cpu"))
     total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
@@ -128,13 +128,26 @@ def combine(gradients: Sequence[Gradients], coefficients: Sequence[float]) -> Gr
     Returns:
         One gradient.
     """
-    combined: Gradients = []
-    for tasks, column in zip(reach(gradients), zip(*gradients, strict=True), strict=True):
-        own = [gradient for gradient in column if gradient is not None]
-        if len(own) < 2:
-            combined.append(own[0] if own else None)
-        else:
-            combined.append(_weighted_sum(own, [coefficients[k] for k in tasks]))
+    shared = [len(tasks) > 1 for tasks in reach(gradients)]
+    combined: Gradients = [None] * len(shared)
+    for gradient, coefficient in zip(gradients, coefficients, strict=True):
+        firsts, totals, terms = [], [], []
+        for position, part in enumerate(gradient):
+            total = combined[position]
+            if part is None:
+                continue
+            if total is None:
+                combined[position] = part
+                firsts += [part] if shared[position] else []
+                continue
+            if total.is_sparse and not part.is_sparse:
+                combined[position] = total = total.to_dense()
+            totals.append(total)
+            terms.append(part)
+        if firsts:
+            torch._foreach_mul_(firsts, coefficient)
+        if terms:
+            torch._foreach_add_(totals, terms, alpha=coefficient)
     return combined
 
 
@@ -150,33 +163,26 @@ def conflict_fraction(gram: Tensor) -> Tensor:
     return (gram < 0).triu(1).sum() / max(pairs, 1)
 
 
-def _weighted_sum(parts: list[Tensor], weights: list[float]) -> Tensor:
-    sparse = [part.is_sparse for part in parts]
-    if any(sparse) and not all(sparse):
-        parts = [part.to_dense() for part in parts]
-    if not any(sparse):
-        vectors = _vectors(parts)
-        if vectors[0].data_ptr() == parts[0].data_ptr():  # Views, not copies.
-            for total, *others in _blocks(vectors):
-                total.mul_(weights[0])
-                for part, weight in zip(others, weights[1:], strict=True):
-                    total.add_(part, alpha=weight)
-            return parts[0]
-    terms = [part * weight for part, weight in zip(parts, weights, strict=True)]
-    return sum(terms[1:], terms[0])
+def _inner_products(rows: Tensor) -> Tensor:
+    """Multiplies the rows of a (T, n) matrix by one another."""
+    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    if rows.shape[1] % CHUNK:
+        return (rows @ rows.mT.conj()).real.double()
+    chunks = rows.reshape(len(rows), rows.shape[1] // CHUNK, CHUNK).transpose(0, 1)
+    return (chunks @ chunks.mT.conj()).real.double().sum(0)
 
 
-def _vectors(parts: list[Tensor]) -> list[Tensor]:
-    """Views gradients of one parameter as vectors, in the order of their memory if it is one."""
+def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts gradients of one parameter alike, as vectors in the order of their memory if it is one.
+
+    A block fits a processor's cache; a device takes the vectors whole.
+    """
     if any(part.is_sparse for part in parts):
-        return [part.to_dense().reshape(-1) for part in parts]
-    if len({part.stride() for part in parts}) == 1:
+        parts = [part.to_dense() for part in parts]
+    elif len({part.stride() for part in parts}) == 1:
         order = sorted(range(parts[0].dim()), key=parts[0].stride, reverse=True)
         parts = [part.permute(order) for part in parts]
-    return [part.reshape(-1) for part in parts]
-
-
-def _blocks(vectors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts vectors alike, small enough for a processor's cache; a device takes them whole."""
-    size = BLOCK if vectors[0].device.type == "cpu" else max(vectors[0].numel(), 1)
-    return zip(*(vector.split(size) for vector in vectors), strict=True)
+    size = max(parts[0].numel(), 1)
+    if parts[0].device.type == "cpu":
+        size = max(BLOCK // len(parts) // CHUNK, 1) * CHUNK
+    return zip(*(part.reshape(-1).split(size) for part in parts), strict=True)

@@ -253,11 +253,12 @@ def test_diagnostics_show_the_angles_and_who_was_absent() -> None:
     assert seen["conflict_fraction"] == 1.0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients_are_multiplied_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [0, 100_000, 3 * 2**12, 100 * 2**12])
+def test_half_precision_gradients_are_multiplied_in_float32(dtype: torch.dtype, size: int) -> None:
     """Eight bits of precision would lose the small conflict beside the large norm."""
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(100_000, generator=generator).to(dtype) for _ in range(3)]
+    parts = [torch.randn(size, generator=generator).to(dtype) for _ in range(3)]
     result = gram([[part] for part in parts])
     expected = torch.stack(parts).double() @ torch.stack(parts).double().T
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=0.05)
