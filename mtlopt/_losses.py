@@ -166,4 +166,4 @@ def _check_loss(name: str, loss: Any, check_finite: bool) -> Loss:
         )
     if check_finite and count and not torch.isfinite(value):
         raise ValueError(f"The loss of task {name!r} must be finite, got {value.item()}.")
-    return Loss(value.reshape(()), count)
+    return Loss(value.reshape(()) if value.dim() else value, count)

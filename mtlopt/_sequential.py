@@ -89,12 +89,13 @@ class SequentialOptimizer(MultiTaskOptimizer):
     def _backward(self, losses: LossesFunction, task: Task, batches: Batches) -> dict[str, Tensor]:
         """Leaves the gradient of one task's loss in `.grad`; returns the values, {} if absent."""
         self.zero_grad()
+        names, ranks = names_of(task), self._ranks
         if len(batches) > 1:
-            return self._accumulate(losses, names_of(task), batches)
-        present = evaluate(losses, names_of(task), batches[0], self.check_finite)
-        counts, values = self._agree(present, names_of(task))
+            return self._accumulate(losses, names, batches)
+        present = evaluate(losses, names, batches[0], self.check_finite)
+        counts, values = _agree(present, names, ranks)
         terms = [
-            weighted(loss.value, self._share(loss.samples, counts[name]))
+            weighted(loss.value, _share(loss.samples, counts[name], ranks))
             for name, loss in present.items()
             if counts[name]
         ]
@@ -109,19 +110,19 @@ class SequentialOptimizer(MultiTaskOptimizer):
 
         Each name has forward passes of its own: under DDP one forward allows one backward pass.
         """
-        parameters = self._parameters
+        parameters, ranks = self._parameters, self._ranks
         values: dict[str, Tensor] = {}
         gradients: _gradients.Gradients = [None] * len(parameters)
         for name in names:
             seen: list[Loss] = []
             for batch in batches:
                 present = evaluate(losses, (name,), batch, self.check_finite)
-                counts, averages = self._agree(present, (name,))
+                counts, averages = _agree(present, (name,), ranks)
                 if averages:
                     seen.append(Loss(averages[name], counts[name]))
                     loss = present[name]
                     # Counts relative to the first one: a float16 gradient would overflow.
-                    share = self._share(loss.samples, counts[name])
+                    share = _share(loss.samples, counts[name], ranks)
                     weight = share * counts[name] / seen[0].samples
                     _gradients.backward(self._scale(weighted(loss.value, weight)))
             if seen:
@@ -138,17 +139,6 @@ class SequentialOptimizer(MultiTaskOptimizer):
         if self.process_group is None and dist.is_available() and dist.is_initialized():
             return dist.group.WORLD if dist.get_world_size() > 1 else None
         return self.process_group
-
-    def _agree(
-        self, present: dict[str, Loss], names: tuple[str, ...]
-    ) -> tuple[dict[str, int], dict[str, Tensor]]:
-        seen = {name: [present[name]] if name in present else [] for name in names}
-        return agree(seen, self._ranks, on_every_rank=True)
-
-    def _share(self, count: int, total: int) -> float:
-        """A rank's weight, such that DDP's mean over ranks is the mean over samples."""
-        ranks = self._ranks
-        return 1.0 if ranks is None else count * dist.get_world_size(ranks) / total
 
     def _check_reduced(self, task: Task, norms: list[Tensor]) -> None:
         """Makes sure, once for each task, that the ranks' gradients are one."""
@@ -186,7 +176,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
     ) -> None:
         """Moves the weights by one task's step; a gradient that overflowed is skipped."""
         skipped = self._unscale(optimizer)
-        norms = _gradients.norms([p.grad for p in self._parameters])
+        norms = _gradients.norms([p.grad for group in self.param_groups for p in group["params"]])
         self._check_reduced(task, norms)
         self._seen[task] = (norms, skipped)
         if self._scaling is not None and skipped is not None:
@@ -195,3 +185,15 @@ class SequentialOptimizer(MultiTaskOptimizer):
             optimizer.step(repeat(values, again, lambda v: sum_tensors(list(v.values()))))
         else:
             optimizer.step()
+
+
+def _agree(
+    present: dict[str, Loss], names: tuple[str, ...], ranks: dist.ProcessGroup | None
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    seen = {name: [present[name]] if name in present else [] for name in names}
+    return agree(seen, ranks, on_every_rank=True)
+
+
+def _share(count: int, total: int, ranks: dist.ProcessGroup | None) -> float:
+    """A rank's weight, such that DDP's mean over ranks is the mean over samples."""
+    return 1.0 if ranks is None else count * dist.get_world_size(ranks) / total
