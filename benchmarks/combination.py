@@ -11,11 +11,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import measured
 import torch
 from torch import Tensor
 
+import measured
 from mtlopt._gradients import combine, gram
 from mtlopt._pcgrad import project_conflicts
 
@@ -37,7 +38,7 @@ def make_cases(count: int, device: str) -> dict[str, measured.Case]:
     source = [[torch.randn(shape, device=device) for shape in shapes] for _ in range(count)]
     parameters = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
 
-    def fresh() -> list[list[Tensor]]:
+    def fresh() -> list[Any]:
         return [[part.clone() for part in gradient] for gradient in source]
 
     def floor() -> Callable[[], object]:

@@ -39,7 +39,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def seconds(
     cases: Mapping[str, Case], repetitions: int, device: str, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Times the cases in turn, so that what slows the machine slows them alike."""
+    """Times the cases in turn, so that what slows the machine slows them alike.
+
+    Not by torch.utils.benchmark, whose Timer runs a statement twice before it measures: the first
+    run would use up the fresh inputs.
+    """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warm_up + repetitions):
         for name, case in cases.items():
@@ -81,7 +85,7 @@ def in_processes(
         command += arguments
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{child}: {results[-1]}", file=sys.stderr)
+        print(f"measured {child}", file=sys.stderr)
     return results
 
 

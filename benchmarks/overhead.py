@@ -9,11 +9,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import measured
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+import measured
 import mtlopt
 
 TASKS = ("a", "b", "c", "d")

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import measured
 import torch
 from torch import Tensor
 
+import measured
 import mtlopt
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
@@ -58,7 +58,7 @@ class Problem:
         self.batch = Batch(torch.rand(count, 3, size, size), targets, known).to(device)
         self.parameters = list(self.model.parameters())
         # The last convolution that all four tasks share.
-        self.shared: Tensor = self.model.encoder[-1][3].weight  # type: ignore[assignment,index]
+        self.shared: Tensor = self.model.encoder[-1][3].weight  # type: ignore[index]
 
     def adam(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.parameters, lr=1e-4)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from mtlopt import _gradients
 from mtlopt._collect import Forwards
 from mtlopt._combining import Batches, CombiningOptimizer
+from mtlopt._distributed import is_sharded, sum_over_shards
 from mtlopt._losses import LossesFunction, ReadyLosses, Task
 
 PLAIN = (Tensor, bool, int, float, str, tuple, torch.dtype, type(None))
@@ -134,7 +135,8 @@ class Aggregated(CombiningOptimizer):
     ) -> _gradients.Gradients:
         weights = [1.0]
         if len(present) > 1:
-            weights = self._weighting(_gradients.gram(gradients)).tolist()
+            gram = sum_over_shards(_gradients.gram(gradients), self._parameters)
+            weights = self._weighting(gram).tolist()
         coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
         coefficients[present] = torch.tensor(weights, dtype=torch.float64)
         self._seen = {"coefficients": coefficients}
@@ -144,6 +146,11 @@ class Aggregated(CombiningOptimizer):
         reach = _gradients.reach(gradients)
         shared = [i for i, tasks in enumerate(reach) if len(tasks) > 1]
         parameters = self._parameters
+        if is_sharded(parameters):
+            raise ValueError(
+                "`aggregator` must work from the Gramian where the parameters are sharded, "
+                f"got {type(self.aggregator).__name__}, which needs whole gradients."
+            )
         combined = [None if not tasks else gradients[tasks[0]][i] for i, tasks in enumerate(reach)]
         if shared:
             columns = [

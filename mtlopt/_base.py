@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt._distributed import broadcast_parameters
+from mtlopt._distributed import broadcast_parameters, is_sharded
 from mtlopt._losses import LossesFunction, ReadyLosses, Task, check_tasks
 
 FORMAT = 1
@@ -88,8 +88,9 @@ class MultiTaskOptimizer(Optimizer):
         return cast(torch.device, self.param_groups[0]["params"][0].device)
 
     def _broadcast(self, groups: list[dict[str, Any]]) -> None:
-        if self.process_group is not None:
-            broadcast_parameters([p for g in groups for p in g["params"]], self.process_group)
+        parameters = [p for group in groups for p in group["params"]]
+        if self.process_group is not None and not is_sharded(parameters):
+            broadcast_parameters(parameters, self.process_group)
 
     def _note_step(self) -> None:
         # A scheduler on an inner optimizer asks whether a step came first. It did, even where the

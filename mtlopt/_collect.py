@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtlopt._distributed import agree, sum_gradients
+from mtlopt._distributed import agree, all_ranks, is_sharded, share, sum_gradients
 from mtlopt._gradients import Gradients, add, differentiate, scaled
 from mtlopt._losses import (
     Loss,
@@ -45,15 +45,18 @@ def collect(
         parameters: P tensors that require a gradient.
         check_finite: Whether a loss that is not finite is an error.
         scale: Applied to each loss before it is differentiated.
-        group: Ranks to average over.
+        group: Ranks to average over; with sharded parameters all there are, if None.
         forwards: "joint" asks for all tasks at once, "per-task" for one task after the other.
         alone: Whether leaves other than `parameters` are to be left without a gradient.
 
     Returns:
         The present tasks' values by name, and the present tasks' gradients, scaled.
     """
+    # Gradients of shards arrive averaged over the ranks, as FSDP has it.
+    sharded = is_sharded(parameters)
+    ranks = (all_ranks() if group is None else group) if sharded else None
     # Tasks of a group are differentiated apart only where their counts can differ.
-    whole = len(batches) == 1 and group is None
+    whole = len(batches) == 1 and group is None and not sharded
     everything = names_of(*tasks)
     parts = [names_of(task) for task in tasks] if whole else [(name,) for name in everything]
     one_by_one = forwards == "per-task" and not isinstance(losses, Mapping)
@@ -62,21 +65,29 @@ def collect(
     for batch in batches:
         for asked in parts if one_by_one else [everything]:
             present = evaluate(losses, asked, batch, check_finite)
+            found = {name: [present[name]] if name in present else [] for name in asked}
+            counts, averages = agree(found, ranks, on_every_rank=True)
             for name, loss in present.items():
-                seen[name].append(Loss(loss.value.detach(), loss.samples))
+                value = averages.get(name, loss.value)
+                seen[name].append(Loss(value.detach(), counts[name]))
             terms = {}
             for part in parts:
                 values = [
                     # Counts relative to the first one: a float16 gradient would overflow.
-                    weighted(present[name].value, present[name].samples / _first(seen[name]))
+                    weighted(
+                        present[name].value,
+                        share(present[name].samples, counts[name], ranks)
+                        * (counts[name] / _first(seen[name])),
+                    )
                     for name in part
-                    if name in present and present[name].samples
+                    if name in present and counts[name]
                 ]
                 if values:
                     terms[part] = scale(sum_tensors(values))
             gradients = differentiate(list(terms.values()), parameters, alone)
             for part, gradient in zip(terms, gradients, strict=True):
                 sums[part] = add(sums[part], gradient) if part in sums else gradient
+    group = None if sharded else group
     counts, averages = agree(seen, group)
     collected: dict[Task, Gradients] = {}
     nothing: Gradients = [None] * len(parameters)

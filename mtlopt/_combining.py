@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mtlopt import _gradients
 from mtlopt._base import repeat
 from mtlopt._collect import Forwards, collect
-from mtlopt._gradients import Gradients, add, put
+from mtlopt._distributed import all_ranks, check_reduced, is_sharded
+from mtlopt._gradients import Gradients
 from mtlopt._losses import LossesFunction, ReadyLosses, Task, list_batches, sum_tensors
 from mtlopt._wrapper import WrappedOptimizer
 
@@ -33,6 +35,7 @@ class CombiningOptimizer(WrappedOptimizer):
         if forwards not in ("joint", "per-task"):
             raise ValueError(f"`forwards` must be 'joint' or 'per-task', got {forwards!r}.")
         self.forwards = forwards
+        self._checked = False
         self._broadcast(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -127,6 +130,7 @@ class CombiningOptimizer(WrappedOptimizer):
         self._note_step()
         gradient = partial(self._fresh_gradient, losses, batches)
         values = gradient()
+        self._check_reduced()
         if values:
             self._update(values, gradient)
         return values
@@ -147,9 +151,22 @@ class CombiningOptimizer(WrappedOptimizer):
         self.zero_grad()
         return self._add_gradient(losses, batches, self._scale)
 
+    def _check_reduced(self) -> None:
+        """Makes sure, at the first step, that the ranks' gradients are one."""
+        ranks = None if self._checked or self.process_group is not None else all_ranks()
+        self._checked = True
+        parameters = self._parameters
+        if ranks is None or is_sharded(parameters):
+            return
+        norms = _gradients.norms([parameter.grad for parameter in parameters])
+        norm = torch.stack(norms).norm() if norms else torch.zeros(())
+        remedy = "do not wrap the model in DistributedDataParallel, and give a `process_group`."
+        check_reduced(norm, ranks, "of all tasks", remedy)
+
     def _add(self, gradient: Gradients) -> None:
         parameters = self._parameters
-        put(parameters, add([parameter.grad for parameter in parameters], gradient))
+        earlier = [parameter.grad for parameter in parameters]
+        _gradients.put(parameters, _gradients.add(earlier, gradient))
 
     def _update(self, values: dict[str, Tensor], again: Callable[[], dict[str, Tensor]]) -> None:
         skipped = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtlopt import _gradients
 from mtlopt._collect import collect
+from mtlopt._distributed import norm_over_shards, sum_over_shards
 from mtlopt._losses import (
     LossesFunction,
     ReadyLosses,
@@ -120,11 +121,11 @@ def conflicts(
         alone=True,
     )
     present = torch.tensor([k for k, task in enumerate(names) if task in collected]).long()
-    gram = _gradients.gram(list(collected.values())).cpu()
+    gram = sum_over_shards(_gradients.gram(list(collected.values())), parameters).cpu()
     norms = torch.full((len(names),), float("nan"), dtype=torch.float64)
     cosines = torch.full((len(names), len(names)), float("nan"), dtype=torch.float64)
     for k, gradient in zip(present.tolist(), collected.values(), strict=True):
-        norms[k] = torch.linalg.vector_norm(torch.stack(_gradients.norms(gradient))).cpu()
+        norms[k] = norm_over_shards(_gradients.norms(gradient), parameters).cpu()
     gram.diagonal().copy_(norms[present] ** 2)
     cosines[present[:, None], present] = _gradients.cosines(gram)
     return ConflictReport(names, norms, cosines, _gradients.conflict_fraction(gram).item())

@@ -1,6 +1,8 @@
 """What the ranks of a process group agree on, and the sum of their gradients."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,56 @@ def broadcast_parameters(parameters: Sequence[Tensor], group: dist.ProcessGroup)
     with torch.no_grad():
         for parameter in parameters:
             dist.broadcast(parameter.detach(), source, group=group)
+
+
+def all_ranks() -> dist.ProcessGroup | None:
+    """Returns the group of all ranks, if there are several."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def is_sharded(parameters: Sequence[Tensor]) -> bool:
+    """Whether the ranks hold shards of the parameters (FSDP2), whose gradients arrive summed."""
+    return any(hasattr(parameter, "to_local") for parameter in parameters)
+
+
+def sum_over_shards(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Sums what each rank computed from its shards, in place; without shards it is the sum."""
+    sharded: Any = next((p for p in parameters if hasattr(p, "to_local")), None)
+    for dimension, placement in enumerate(sharded.placements if sharded is not None else ()):
+        if placement.is_shard():
+            dist.all_reduce(values, group=sharded.device_mesh.get_group(dimension))
+    return values
+
+
+def norm_over_shards(norms: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """Returns the Euclidean norm of a gradient from those of its tensors."""
+    if is_sharded(parameters):
+        own = torch.stack([n.to_local() if hasattr(n, "to_local") else n for n in norms])
+        total = sum_over_shards(own.square().sum(), parameters).sqrt()
+    else:
+        total = torch.stack(list(norms)).norm()
+    return total
+
+
+def share(samples: int, total: int, ranks: dist.ProcessGroup | None) -> float:
+    """A rank's weight, such that the mean over ranks is the mean over samples."""
+    return 1.0 if ranks is None else samples * dist.get_world_size(ranks) / total
+
+
+def check_reduced(norm: Tensor, ranks: dist.ProcessGroup, of: str, remedy: str) -> None:
+    """Makes sure that the ranks' gradients are one."""
+    norm = norm.double()
+    extremes = torch.stack([norm, -norm])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks)
+    largest, smallest = extremes.tolist()
+    if math.isfinite(largest) and largest != -smallest:
+        raise ValueError(
+            f"The gradients {of} must be the same on all ranks, got norms from {-smallest} to "
+            f"{largest}: {remedy} Where each rank trains a model of its own, give it a "
+            "`process_group` of its own."
+        )
 
 
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -177,6 +177,8 @@ def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
     A block fits a processor's cache; a device takes the vectors whole.
     """
+    # Of a sharded gradient this rank's part.
+    parts = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
     if any(part.is_sparse for part in parts):
         parts = [part.to_dense() for part in parts]
     elif len({part.stride() for part in parts}) == 1:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from mtlopt import _gradients
 from mtlopt._collect import Forwards
 from mtlopt._combining import Batches, CombiningOptimizer, as_it_arrives
+from mtlopt._distributed import is_sharded, norm_over_shards
 from mtlopt._losses import LossesFunction, ReadyLosses, Task, evaluate, names_of, sum_tensors
 
 SMALLEST_WEIGHT = 1e-3
@@ -171,7 +172,7 @@ class GradNorm(CombiningOptimizer):
         scale: Callable[[Tensor], Tensor],
     ) -> dict[str, Tensor]:
         single = len(batches) == 1 and self.forwards == "joint" and self.process_group is None
-        add = self._add_at_once if single else self._add_collected
+        add = self._add_at_once if single and not is_sharded(self.shared) else self._add_collected
         values = add(losses, batches, scale)
         # The weights learn from what is not scaled; losses of the imperative form arrive scaled.
         unit = self._scale(torch.ones_like(self._initial[0]))
@@ -249,11 +250,10 @@ class GradNorm(CombiningOptimizer):
         if not pending or (skipped is not None and skipped):
             return
         present = [k for k, task in enumerate(self.tasks) if task in pending]
-        norms = torch.stack(
-            [torch.stack(_gradients.norms(s.gradient)).norm() / s.unit for s in pending.values()]
-        )
-        losses = torch.stack([torch.stack(seen.losses).mean() for seen in pending.values()])
-        norms, losses = norms.to(self._initial), losses.to(self._initial)
+        seen = list(pending.values())
+        own = [norm_over_shards(_gradients.norms(s.gradient), self.shared) / s.unit for s in seen]
+        norms = torch.stack(own).to(self._initial)
+        losses = torch.stack([torch.stack(s.losses).mean() for s in seen]).to(self._initial)
         first = self._initial[present]
         self._initial[present] = first = torch.where(first.isnan(), losses, first)
         weights = torch.stack([self._weights[k] for k in present])

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from mtlopt import _gradients
 from mtlopt._collect import Forwards
 from mtlopt._combining import Batches, CombiningOptimizer
-from mtlopt._distributed import agree, sum_gradients
+from mtlopt._distributed import agree, all_ranks, is_sharded, sum_gradients
 from mtlopt._losses import (
     LossesFunction,
     ReadyLosses,
@@ -109,18 +109,22 @@ class JointOptimizer(CombiningOptimizer):
             return self._add_collected(losses, tuple(self.weights), batches, scale)
         present = evaluate(losses, tuple(self.weights), batches[0], self.check_finite)
         parameters = self._parameters
+        sharded = is_sharded(parameters)
+        group = all_ranks() if sharded and self.process_group is None else self.process_group
         counts, values = agree(
             {name: [present[name]] if name in present else [] for name in self.weights},
-            self.process_group,
+            group,
+            on_every_rank=sharded,
         )
+        ranks = dist.get_world_size(group) if sharded and group is not None else 1
         # Eq. 1: one backward pass of the weighted sum, over the tasks present.
         terms = [
-            weighted(loss.value, self.weights[name] * (loss.samples / counts[name]))
+            weighted(loss.value, self.weights[name] * (loss.samples * ranks / counts[name]))
             for name, loss in present.items()
-            if loss.samples
+            if (counts[name] if sharded else loss.samples)
         ]
         total = [scale(sum_tensors(terms))] if terms else []
-        if self.process_group is None:
+        if self.process_group is None or sharded:
             for loss in total:
                 _gradients.backward(loss)
         elif values:

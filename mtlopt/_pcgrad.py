@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from mtlopt import _gradients
 from mtlopt._collect import Forwards
 from mtlopt._combining import Batches, CombiningOptimizer
+from mtlopt._distributed import sum_over_shards
 from mtlopt._losses import LossesFunction, ReadyLosses, Task
 
 Reduction = Literal["sum", "mean"]
@@ -140,7 +141,7 @@ class PCGrad(CombiningOptimizer):
         gradients = list(collected.values())
         del collected
         # The one copy from the device to the host.
-        gram = _gradients.gram(gradients).cpu()
+        gram = sum_over_shards(_gradients.gram(gradients), self._parameters).cpu()
         orders = [[present.index(j) for j in drawn[i] if j in present and j != i] for i in present]
         coefficients = project_conflicts(gram.tolist(), orders)
         if self.reduction == "mean":

@@ -1,6 +1,5 @@
 """SequentialOptimizer: the methods that step through the tasks in turn."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -12,7 +11,14 @@ from torch.optim import Optimizer
 
 from mtlopt import _gradients
 from mtlopt._base import MultiTaskOptimizer, repeat
-from mtlopt._distributed import agree
+from mtlopt._distributed import (
+    agree,
+    all_ranks,
+    check_reduced,
+    is_sharded,
+    norm_over_shards,
+    share,
+)
 from mtlopt._losses import (
     Loss,
     LossesFunction,
@@ -47,16 +53,18 @@ class SequentialOptimizer(MultiTaskOptimizer):
         Returns:
             ``gradient_norms`` (T,): Euclidean norm of each task's gradient before any hook, NaN
             for an absent task. ``skipped`` (T,): whether the task's own step was left out because
-            its gradient overflowed. Empty before the first step.
+            its gradient overflowed. Empty before the first step. With sharded parameters every
+            rank must ask.
         """
         if not self._seen:
             return {}
         zero = torch.zeros((), device=self._device)
         nan, no = torch.full_like(zero, float("nan")), zero > 0
         seen = [self._seen.get(task, ([nan], None)) for task in self.tasks]
+        parameters = self._parameters
         return {
             "gradient_norms": torch.stack(
-                [torch.stack(norms).norm() if norms else zero for norms, _ in seen]
+                [norm_over_shards(norms, parameters) if norms else zero for norms, _ in seen]
             ),
             "skipped": torch.stack([no if flag is None else flag for _, flag in seen]),
         }
@@ -95,7 +103,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         present = evaluate(losses, names, batches[0], self.check_finite)
         counts, values = _agree(present, names, ranks)
         terms = [
-            weighted(loss.value, _share(loss.samples, counts[name], ranks))
+            weighted(loss.value, share(loss.samples, counts[name], ranks))
             for name, loss in present.items()
             if counts[name]
         ]
@@ -122,8 +130,8 @@ class SequentialOptimizer(MultiTaskOptimizer):
                     seen.append(Loss(averages[name], counts[name]))
                     loss = present[name]
                     # Counts relative to the first one: a float16 gradient would overflow.
-                    share = _share(loss.samples, counts[name], ranks)
-                    weight = share * counts[name] / seen[0].samples
+                    weight = share(loss.samples, counts[name], ranks)
+                    weight *= counts[name] / seen[0].samples
                     _gradients.backward(self._scale(weighted(loss.value, weight)))
             if seen:
                 values[name] = mean(seen)
@@ -136,26 +144,16 @@ class SequentialOptimizer(MultiTaskOptimizer):
     @property
     def _ranks(self) -> dist.ProcessGroup | None:
         """The ranks that agree on counts; all there are, if none were named."""
-        if self.process_group is None and dist.is_available() and dist.is_initialized():
-            return dist.group.WORLD if dist.get_world_size() > 1 else None
-        return self.process_group
+        return all_ranks() if self.process_group is None else self.process_group
 
     def _check_reduced(self, task: Task, norms: list[Tensor]) -> None:
         """Makes sure, once for each task, that the ranks' gradients are one."""
         ranks = self._ranks
-        if ranks is None or task in self._reduced or any(hasattr(n, "to_local") for n in norms):
-            return  # FSDP's ranks each have a shard.
-        norm = torch.stack(norms).norm().double() if norms else torch.zeros(())
-        extremes = torch.stack([norm, -norm])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks)
-        largest, smallest = extremes.tolist()
-        if math.isfinite(largest) and largest != -smallest:
-            raise ValueError(
-                f"The gradients of task {task!r} must be the same on all ranks, got norms from "
-                f"{-smallest} to {largest}: wrap the model in DistributedDataParallel(model, "
-                "find_unused_parameters=True). Where each rank trains a model of its own, give "
-                "it a `process_group` of its own."
-            )
+        if ranks is None or task in self._reduced or is_sharded(norms):
+            return
+        norm = torch.stack(norms).norm() if norms else torch.zeros(())
+        remedy = "wrap the model in DistributedDataParallel(model, find_unused_parameters=True)."
+        check_reduced(norm, ranks, f"of task {task!r}", remedy)
         self._reduced.add(task)
 
     @contextmanager
@@ -192,8 +190,3 @@ def _agree(
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
     seen = {name: [present[name]] if name in present else [] for name in names}
     return agree(seen, ranks, on_every_rank=True)
-
-
-def _share(count: int, total: int, ranks: dist.ProcessGroup | None) -> float:
-    """A rank's weight, such that DDP's mean over ranks is the mean over samples."""
-    return 1.0 if ranks is None else count * dist.get_world_size(ranks) / total

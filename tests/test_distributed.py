@@ -1,103 +1,191 @@
-"""Two processes with a batch each give what one process with both batches gives."""
+"""Several processes with a batch each give what one process with all the batches gives."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import mtlopt
-from problems import TASKS, Network, batches, snapshot
+from problems import TASKS, Network, batches
 
-pytestmark = pytest.mark.slow
-STEPS = 20
-# How many of its six samples each rank has labels for, in a cycle of steps: a task is absent on
-# one rank, on the other, on both; and the counts differ.
-LABELLED: list[dict[str, tuple[int, int]]] = [
-    {"a": (6, 6), "b": (6, 2), "c": (0, 6)},
-    {"a": (1, 5), "b": (0, 0), "c": (3, 0)},
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:find_unused_parameters"),  # DDP's hint, not ours
 ]
+STEPS = 20
+SIZE = 12
+# Which samples have labels, in a cycle of steps: a task is absent on one rank, on all of them, on
+# none; and the counts differ.
+LABELLED: list[dict[str, tuple[int, ...]]] = [
+    {"a": tuple(range(12)), "b": (0, 1, 2, 3, 4, 5, 6, 7), "c": (6, 7, 8, 9, 10, 11)},
+    {"a": (0, 6, 7, 8, 9, 10), "b": (), "c": (0, 1, 2)},
+]
+METHODS = (
+    "joint",
+    "pcgrad",
+    "gradnorm",
+    "aggregated",
+    "simultaneous",
+    "alternating",
+    "independent",
+)
+SEQUENTIAL = ("alternating", "independent")
 
 
-def make(method: str, parameters: Any, **keywords: Any) -> Any:
+def make(method: str, model: Any, **keywords: Any) -> Any:
+    base = torch.optim.Adam(model.parameters(), lr=0.01)
     if method == "joint":
-        return mtlopt.JointOptimizer(torch.optim.Adam(parameters, lr=0.01), TASKS, **keywords)
+        return mtlopt.JointOptimizer(base, TASKS, {"a": 2.0}, **keywords)
+    if method == "pcgrad":
+        return mtlopt.PCGrad(base, TASKS, **keywords)
+    if method == "gradnorm":
+        shared = [p for name, p in model.named_parameters() if name.endswith("trunk.2.weight")]
+        return mtlopt.GradNorm(base, TASKS, shared=shared, **keywords)
+    if method == "aggregated":
+        from torchjd.aggregation import UPGrad
+
+        return mtlopt.Aggregated(base, TASKS, UPGrad(), **keywords)
     if method == "alternating":
-        return mtlopt.AlternatingOptimizer(
-            torch.optim.Adam(parameters, lr=0.01), TASKS, order="shuffled", **keywords
-        )
+        return mtlopt.AlternatingOptimizer(base, TASKS, order="shuffled", **keywords)
     schedule: Any = "simultaneous" if method == "simultaneous" else "sequential"
     return mtlopt.IndependentOptimizer(
-        torch.optim.Adam, parameters, TASKS, schedule=schedule, lr=0.01, **keywords
+        torch.optim.Adam, model.parameters(), TASKS, schedule=schedule, lr=0.01, **keywords
     )
 
 
-def rows(step: int, task: str, rank: int | None) -> Any:
-    first, second = LABELLED[step % 2][task]
-    both = [*range(first), *range(6, 6 + second)]
-    return both if rank is None else [i for i in both if (i >= 6) == rank]
+def make_losses(call: Any, step: int, own: range, everywhere: bool) -> Callable[..., Any]:
+    """Returns the protocol's function of the samples that a rank has."""
+
+    def losses(tasks: Any, x: Tensor, y: dict[str, Tensor]) -> dict[str, Any]:
+        outputs = call(x[own.start : own.stop], tasks)
+        result: dict[str, Any] = {}
+        for task in tasks:
+            rows = [i for i in LABELLED[step % 2][task] if i in own]
+            if rows:
+                errors = outputs[task][[i - own.start for i in rows]] - y[task][rows]
+                result[task] = ((errors**2).mean(), len(rows))
+            elif everywhere:
+                result[task] = (outputs[task].sum() * 0, 0)
+        return result
+
+    return losses
 
 
-def train(method: str, model: Any, call: Any, rank: int | None, **keywords: Any) -> dict[str, Any]:
-    optimizer = make(method, model.parameters(), **keywords)
+def train(method: str, model: Any, call: Any, own: range, **keywords: Any) -> dict[str, Any]:
+    """Trains 20 steps and returns all that the ranks should have in common."""
+    everywhere = dist.is_initialized() and "process_group" not in keywords
+    optimizer = make(method, model, **keywords)
     values = {}
-    for step, (x, y) in enumerate(batches(STEPS, size=12)):
-
-        def losses(tasks: Any, step: int = step, x: Any = x, y: Any = y) -> dict[str, Any]:
-            result: dict[str, Any] = {}
-            for task in tasks:
-                chosen = rows(step, task, rank)
-                if chosen:
-                    error = (call(x[chosen], (task,))[task] - y[task][chosen]) ** 2
-                    result[task] = (error.mean(), len(chosen))
-                elif call is not model:  # Under DDP every rank runs every forward pass.
-                    result[task] = (call(x[:1], (task,))[task].sum() * 0, 0)
-            return result
-
-        values = optimizer.step(losses)
-    return values
+    for step, (x, y) in enumerate(batches(STEPS, size=SIZE)):
+        values = optimizer.step(make_losses(call, step, own, everywhere), x, y)
+    weights = {
+        name.removeprefix("module."): getattr(p, "full_tensor", lambda p=p: p)().detach().clone()
+        for name, p in model.named_parameters()
+    }
+    return {"weights": weights, "values": values, "seen": optimizer.diagnostics()}
 
 
-def work(rank: int, method: str, folder: str) -> None:
+def bytes_sent(method: str, model: Any, own: range) -> int:
+    """Counts what one step with all labels reduces over the ranks."""
+    optimizer = make(method, model, process_group=dist.group.WORLD)
+    sent = []
+    reduce: Any = dist.all_reduce
+
+    def count(tensor: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return reduce(tensor, *arguments, **keywords)
+
+    dist.all_reduce = count
+    x, y = batches(1, size=SIZE)[0]
+    optimizer.step(make_losses(model, 0, own, everywhere=True), x, y)
+    dist.all_reduce = reduce
+    return sum(sent)
+
+
+def work(rank: int, folder: str, ranks: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(rank)  # On purpose: the ranks must come to agree.
     torch.set_default_dtype(torch.float64)
-    model: Any = Network()
-    call = model
-    if method in {"alternating", "independent"}:
-        call = DistributedDataParallel(model, find_unused_parameters=True)
-        # The ranks that DDP reduces over are those that agree, without being named.
-        values = train(method, model, call, rank)
-    else:
-        frozen = torch.nn.Parameter(torch.randn(3), requires_grad=False)
-        model.register_parameter("frozen", frozen)
-        values = train(method, model, call, rank, process_group=dist.group.WORLD)
-    torch.save((snapshot(model), values), f"{folder}/{rank}.pt")
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    own = range(rank * SIZE // ranks, (rank + 1) * SIZE // ranks)
+    found: dict[str, Any] = {}
+    for method in METHODS:
+        torch.manual_seed(rank)  # On purpose: the ranks must come to agree.
+        model: Any = Network()
+        if method in SEQUENTIAL:
+            call = DistributedDataParallel(model, find_unused_parameters=True)
+            # The ranks that DDP reduces over are those that agree, without being named.
+            found[method] = train(method, model, call, own)
+        else:
+            model.register_parameter("frozen", torch.nn.Parameter(torch.randn(3), False))
+            found[method] = train(method, model, model, own, process_group=dist.group.WORLD)
+        torch.manual_seed(0)
+        model = Network()
+        fully_shard(model.trunk)
+        fully_shard(model)
+        found[f"{method}, sharded"] = train(method, model, model, own)
+    found["bytes"] = {m: bytes_sent(m, Network(), own) for m in ("joint", "pcgrad", "gradnorm")}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:find_unused_parameters")  # DDP's hint, not ours
-@pytest.mark.parametrize("method", ["joint", "simultaneous", "alternating", "independent"])
-def test_ranks_with_other_labels_equal_one_process_on_the_joined_batch(
-    method: str, tmp_path: Path
-) -> None:
-    spawn(work, (method, str(tmp_path)), nprocs=2)
-    (first, values), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-    torch.manual_seed(0)
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found, for all methods in one go: starting processes takes long."""
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(work, (str(folder), request.param), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", ["", ", sharded"])
+@pytest.mark.usefixtures("double")
+def test_ranks_equal_one_another_and_one_process_on_the_joined_batch(
+    method: str, form: str, ranks: list[dict[str, Any]]
+) -> None:
+    """Weights bit for bit among the ranks; losses, learned weights and coefficients too."""
+    first, *others = [rank[method + form] for rank in ranks]
+    for other in others:
+        for name, weight in first["weights"].items():
+            assert torch.equal(weight, other["weights"][name]), name
+        for entry, value in first["seen"].items():
+            torch.testing.assert_close(value, other["seen"][entry], rtol=0, atol=0, equal_nan=True)
+    torch.manual_seed(0)
     model = Network()
-    expected = train(method, model, model, None)
-    for name, parameter in snapshot(model).items():
-        torch.testing.assert_close(first[name], parameter, rtol=0, atol=1e-10)
-    for task, value in expected.items():
-        torch.testing.assert_close(values[task], value, rtol=1e-10, atol=0)
-        assert not values[task].requires_grad
+    expected = train(method, model, model, range(SIZE))
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=1e-10)
+    assert first["values"].keys() == expected["values"].keys()
+    for task, value in expected["values"].items():
+        torch.testing.assert_close(first["values"][task], value, rtol=1e-10, atol=0)
+        assert not first["values"][task].requires_grad
+    for entry, value in expected["seen"].items():
+        torch.testing.assert_close(
+            first["seen"][entry], value, rtol=1e-8, atol=1e-10, equal_nan=True
+        )
+
+
+def test_no_more_than_each_tasks_gradient_travels(ranks: list[dict[str, Any]]) -> None:
+    """Beside it less than two hundred bytes: counts, losses and which parameters are reached."""
+    model = Network()
+    shared = sum(p.numel() for p in model.trunk.parameters()) * 8
+    heads = sum(p.numel() for p in model.heads.parameters()) * 8
+    least = {"joint": shared + heads, "pcgrad": 3 * shared + heads, "gradnorm": 3 * shared + heads}
+    for method, sent in ranks[0]["bytes"].items():
+        assert least[method] <= sent < least[method] + 200
 
 
 def lack(rank: int, folder: str) -> None:
@@ -105,7 +193,7 @@ def lack(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     model = Network()
     call = DistributedDataParallel(model, find_unused_parameters=True)
-    optimizer = make("independent", model.parameters(), process_group=dist.group.WORLD)
+    optimizer = make("independent", model, process_group=dist.group.WORLD)
     x, _ = batches(1)[0]
 
     def losses(tasks: Any) -> dict[str, Any]:
@@ -116,17 +204,38 @@ def lack(rank: int, folder: str) -> None:
 
     torch.manual_seed(rank)
     bare = Network()
-    optimizer = make("independent", bare.parameters())
 
     def alone(tasks: Any) -> dict[str, Any]:
-        return {t: bare(x, (t,))[t].sum() for t in tasks}
+        return {t: (bare(x, (t,))[t] ** 2).sum() for t in tasks}
 
     with pytest.raises(ValueError, match=r"same on all ranks.*wrap the model in Distributed"):
-        optimizer.step(alone)
+        make("independent", bare).step(alone)
+    for method in ("joint", "pcgrad", "gradnorm"):
+        with pytest.raises(ValueError, match=r"same on all ranks.*give a `process_group`"):
+            make(method, bare).step(alone)
+    own = [dist.new_group([i]) for i in range(2)][rank]
+    make("pcgrad", bare, process_group=own).step(alone)
+
+    # Several backward passes through one forward of DDP: torch reduces the first alone.
+    call = DistributedDataParallel(Network(), find_unused_parameters=True)
+    data = torch.randn_like(x)
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"same on all ranks|marked as ready twice"
+    ):
+        make("pcgrad", call).step(
+            lambda tasks: {t: (o**2).mean() for t, o in call(data, tasks).items()}
+        )
+
+    sharded = Network()
+    fully_shard(sharded)
+    from torchjd.aggregation import TrimmedMean
+
+    whole = mtlopt.Aggregated(torch.optim.SGD(sharded.parameters()), TASKS, TrimmedMean(1))
+    with pytest.raises(ValueError, match="must work from the Gramian"):
+        whole.step(lambda tasks: {t: o.sum() for t, o in sharded(x, tasks).items()})
     dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:find_unused_parameters")  # DDP's hint, not ours
 def test_ranks_that_do_not_match_are_an_error_on_all_not_a_deadlock(tmp_path: Path) -> None:
-    """A task that one lacks, and a model that nobody wrapped in DDP."""
+    """A task that one lacks, a model that nobody wrapped, and one that is wrapped wrongly."""
     spawn(lack, (str(tmp_path),), nprocs=2)

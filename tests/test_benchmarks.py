@@ -1,0 +1,35 @@
+"""The benchmarks run, on little, and write their tables."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "rows"),
+    [
+        ("combination.py", ["--tasks", "2"], 2),
+        ("steps.py", ["--width", "8", "--size", "32"], 12),
+        ("overhead.py", [], 3),
+    ],
+)
+def test_a_benchmark_writes_a_table_of_numbers(
+    program: str, options: list[str], rows: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(FOLDER / program), *options, "--device", "cpu"]
+    command += ["--processes", "1", "--repetitions", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*.md")
+    text = file.read_text(encoding="utf-8")
+    table = [
+        line for line in text.splitlines() if line.startswith("|") and any(map(str.isdigit, line))
+    ]
+    assert len(table) == rows
+    assert "torch" in text
+    assert f"python benchmarks/{program}" in text or program in text
