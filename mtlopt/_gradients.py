@@ -1,6 +1,8 @@
 """Per-task gradients as lists beside the parameters; None where a task does not reach one."""
 
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -32,15 +34,62 @@ def differentiate(
         for position, loss in enumerate(losses):
             # Not torch.autograd.grad, whose results may share memory, and which passes FSDP by.
             inputs = list(parameters) if alone else None
-            backward(loss, retain_graph=position < last, inputs=inputs)
+            backward(loss, parameters, retain_graph=position < last, inputs=inputs)
             yield take(parameters)
     finally:
         put(parameters, earlier)
 
 
-def backward(loss: Tensor, retain_graph: bool = False, inputs: list[Tensor] | None = None) -> None:
-    """Adds the loss's gradient to `.grad`."""
-    loss.backward(retain_graph=retain_graph, inputs=inputs)
+def backward(
+    loss: Tensor,
+    parameters: Sequence[Tensor],
+    retain_graph: bool = False,
+    inputs: list[Tensor] | None = None,
+) -> None:
+    """Adds the loss's gradient to `.grad` of the parameters that it reaches, and of no others."""
+    compiled = _is_compiled(loss)
+    without = [p for p in parameters if p.grad is None] if compiled else []
+    with explained():
+        loss.backward(retain_graph=retain_graph, inputs=inputs)
+    # A compiled graph gives zeros to the parameters of outputs that the loss does not depend on.
+    given = [parameter for parameter in without if parameter.grad is not None]
+    if given:
+        sizes = torch.stack(norms([parameter.grad for parameter in given])).tolist()
+        for parameter, size in zip(given, sizes, strict=True):
+            if size == 0:
+                parameter.grad = None
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Says what to do where torch refuses a second backward pass through a compiled graph."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise RuntimeError(
+            "A compiled model takes one backward pass per forward pass: choose "
+            "`forwards='per-task'`, or set torch._functorch.config.donated_buffer = False before "
+            "it is compiled."
+        ) from error
+
+
+def _is_compiled(loss: Tensor) -> bool:
+    # Where torch has compiled nothing, which costs no more to know than this, no graph is searched.
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is None or not dynamo.counters["aot_autograd"]:
+        return False
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if "CompiledFunction" in node.name():
+            return True
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return False
 
 
 def take(parameters: Sequence[Tensor]) -> Gradients:

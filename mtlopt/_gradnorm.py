@@ -199,15 +199,16 @@ class GradNorm(CombiningOptimizer):
         terms = self._by_task(present)
         self._check_positive(terms)
         for task, term in terms.items():
-            own: Sequence[Tensor | None] = torch.autograd.grad(
-                scale(term), self.shared, retain_graph=True, allow_unused=True
-            )
+            with _gradients.explained():
+                own: Sequence[Tensor | None] = torch.autograd.grad(
+                    scale(term), self.shared, retain_graph=True, allow_unused=True
+                )
             # Copies, since results of autograd may share their memory.
             self._remember(task, [None if part is None else part.clone() for part in own])
         if terms:
             weights = dict(zip(self.tasks, self._weights, strict=True))
             weighted = [weights[task] * term for task, term in terms.items()]
-            _gradients.backward(scale(sum_tensors(weighted)))
+            _gradients.backward(scale(sum_tensors(weighted)), self._parameters)
         return {name: value.detach() for name, value in present.items()}
 
     def _add_collected(

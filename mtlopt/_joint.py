@@ -126,7 +126,7 @@ class JointOptimizer(CombiningOptimizer):
         total = [scale(sum_tensors(terms))] if terms else []
         if self.process_group is None or sharded:
             for loss in total:
-                _gradients.backward(loss)
+                _gradients.backward(loss, parameters)
         elif values:
             own = list(_gradients.differentiate(total, parameters))
             self._add(

@@ -108,7 +108,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
             if counts[name]
         ]
         if terms:
-            _gradients.backward(self._scale(sum_tensors(terms)))
+            _gradients.backward(self._scale(sum_tensors(terms)), self._parameters)
         return values
 
     def _accumulate(
@@ -132,7 +132,8 @@ class SequentialOptimizer(MultiTaskOptimizer):
                     # Counts relative to the first one: a float16 gradient would overflow.
                     weight = share(loss.samples, counts[name], ranks)
                     weight *= counts[name] / seen[0].samples
-                    _gradients.backward(self._scale(weighted(loss.value, weight)))
+                    scaled = self._scale(weighted(loss.value, weight))
+                    _gradients.backward(scaled, parameters)
             if seen:
                 values[name] = mean(seen)
                 factor = seen[0].samples / sum(part.samples for part in seen)

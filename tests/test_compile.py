@@ -1,0 +1,140 @@
+"""With torch.compile a method does what it does without."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtlopt
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "joint": lambda base, model: mtlopt.JointOptimizer(base(model), TASKS),
+    "alternating": lambda base, model: mtlopt.AlternatingOptimizer(base(model), TASKS),
+    "pcgrad": lambda base, model: mtlopt.PCGrad(base(model), TASKS),
+    "pcgrad-per-task": lambda base, model: mtlopt.PCGrad(base(model), TASKS, forwards="per-task"),
+    "gradnorm": lambda base, model: mtlopt.GradNorm(
+        base(model), TASKS, shared=[model.trunk[2].weight]
+    ),
+    "gradnorm-per-task": lambda base, model: mtlopt.GradNorm(
+        base(model), TASKS, shared=[model.trunk[2].weight], forwards="per-task"
+    ),
+    "independent": lambda _, model: mtlopt.IndependentOptimizer(
+        torch.optim.AdamW, model.parameters(), TASKS, lr=0.01, weight_decay=0.1
+    ),
+    "simultaneous": lambda _, model: mtlopt.IndependentOptimizer(
+        torch.optim.AdamW,
+        model.parameters(),
+        TASKS,
+        schedule="simultaneous",
+        lr=0.01,
+        weight_decay=0.1,
+    ),
+}
+
+
+# Of steps of 0.01: torch's compiled AdamW corrects its moments' bias in float32.
+ROUNDING = 1e-5
+
+
+class AllHeads(Network):
+    """Computes every task, whichever is asked."""
+
+    def forward(self, x: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+        return super().forward(x, TASKS)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def train(method: str, model: Any, lacking: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Trains five steps, the second and third without one task's labels."""
+    optimizer = METHODS[method](adamw, model)
+    losses = make_losses(model)
+    for step, (x, y) in enumerate(batches(5)):
+        optimizer.step(
+            lambda tasks, x, y, step=step: {
+                task: None if task == lacking and step in (1, 2) else loss
+                for task, loss in losses(tasks, x, y).items()
+            },
+            x,
+            y,
+        )
+    return snapshot(model), optimizer
+
+
+@pytest.mark.parametrize("network", [Network, AllHeads])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_model_trains_as_the_model(method: str, network: Any) -> None:
+    """Bit for bit; a compiled graph's zeros for the heads of other tasks must move nothing."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = network()
+        if compiled:
+            model.compile(backend="aot_eager")
+        weights, optimizer = train(method, model, lacking="b")
+        held = [len(o.state) for o in optimizer._inner_optimizers()]
+        results.append((weights, held))
+    assert_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_backend_works_or_says_what_to_do(method: str) -> None:
+    """Its backward pass uses its buffers up, so that several need a forward pass each."""
+    torch.manual_seed(0)
+    expected, _ = train(method, Network())
+    torch.manual_seed(0)
+    model = Network()
+    model.compile()
+    if method in {"pcgrad", "gradnorm", "simultaneous"}:
+        with pytest.raises(RuntimeError, match="forwards='per-task'"):
+            train(method, model)
+        return
+    for name, weight in train(method, model)[0].items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["joint", "alternating", "pcgrad", "independent"])
+def test_a_compiled_update_is_the_update(method: str) -> None:
+    torch.manual_seed(0)
+    expected, _ = train(method, Network())
+    torch.manual_seed(0)
+    model = Network()
+    optimizer = METHODS[method](adamw, model)
+    for inner in optimizer._inner_optimizers():
+        inner.step = torch.compile(inner.step, backend="aot_eager")
+    losses = make_losses(model)
+    for x, y in batches(5):
+        optimizer.step(losses, x, y)
+    for name, weight in snapshot(model).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's tracing looks at every tensor
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_loop_is_the_loop(method: str) -> None:
+    """Torch breaks its graph at the backward passes, and goes on."""
+    torch.manual_seed(0)
+    expected, _ = train(method, Network())
+    torch.manual_seed(0)
+    model = Network()
+    optimizer = METHODS[method](adamw, model)
+    losses = make_losses(model)
+    step = torch.compile(lambda x, y: optimizer.step(losses, x, y), backend="aot_eager")
+    for x, y in batches(5):
+        step(x, y)
+    for name, weight in snapshot(model).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=ROUNDING)
