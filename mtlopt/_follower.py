@@ -118,8 +118,11 @@ class Follower:
     def _follow_group(self, i: int, source: dict[str, Any], own: dict[str, Any]) -> None:
         given, seen = self._given[i].marks, self._panel[i].marks
         for key in self._keys[i]:
-            if fingerprint(own[key]) != given[key]:
-                self._overrides[i].add(key)
+            if (mark := fingerprint(own[key])) != given[key]:
+                # Set to the panel's value it follows again: torch's checkpointing sets the
+                # learning rate to 0 for a moment.
+                follows = mark == fingerprint(source[key])
+                (self._overrides[i].discard if follows else self._overrides[i].add)(key)
             if key not in self._overrides[i] and fingerprint(source[key]) != seen[key]:
                 _give(own, key, source[key])
         self._given[i] = _Snapshot(own, self._keys[i])

@@ -117,10 +117,9 @@ class GradNorm(CombiningOptimizer):
         self.alpha = alpha
         self.weight_lr = weight_lr
         self._check_options(initial_losses or {})
-        like = torch.zeros((), dtype=torch.float32, device=self.shared[0].device)
         first = [(initial_losses or {}).get(task, float("nan")) for task in self.tasks]
-        self._initial = like.new_tensor(first)
-        self._set_weights(like.new_ones(len(self.tasks)))
+        self._initial = torch.tensor(first, dtype=torch.float32, device=self.shared[0].device)
+        self._set_weights(torch.ones_like(self._initial))
         self._pending: dict[Task, _Seen] = {}
         self._last: dict[Task, tuple[Tensor, Tensor]] = {}
 
@@ -144,6 +143,9 @@ class GradNorm(CombiningOptimizer):
         # A tensor each, so that Adam leaves the weight and the moments of an absent task alone.
         self._weights = [weight.detach().clone() for weight in weights]
         self._adam = torch.optim.Adam(self._weights, lr=self.weight_lr)
+        for w in self._weights:  # There from the start: torch.distributed loads what it finds.
+            zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
+            self._adam.state[w] = {"step": torch.zeros(()), **zeros}
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns the state of the balance, NaN for a task that was absent from the last step.
@@ -268,10 +270,8 @@ class GradNorm(CombiningOptimizer):
         moved *= (len(present) if everyone else weights.sum()) / moved.sum()
         for k, weight in zip(present, moved, strict=True):
             self._weights[k].copy_(weight)
-        self._last = {
-            self.tasks[k]: (norm, rate)
-            for k, norm, rate in zip(present, weights * norms, rates, strict=True)
-        }
+        rows = zip(present, weights * norms, rates, strict=True)
+        self._last = {self.tasks[k]: (norm, rate) for k, norm, rate in rows}
 
     def _collect_state(self) -> dict[str, Any]:
         state = super()._collect_state()
@@ -284,8 +284,7 @@ class GradNorm(CombiningOptimizer):
 
     def _restore_state(self, state_dict: dict[str, Any]) -> None:
         super()._restore_state(state_dict)
-        saved = state_dict.get("mtlopt")
-        if saved is not None:
+        if (saved := state_dict.get("mtlopt")) is not None:
             self._set_weights(saved["weights"].to(self._initial))
             self._adam.load_state_dict(saved["weights_adam"])
             self._initial = saved["initial_losses"].to(self._initial, copy=True)

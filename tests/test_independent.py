@@ -200,6 +200,19 @@ def test_no_scheduler_complains_of_its_order_in_any_form(form: Any) -> None:
             scheduler.step()
 
 
+def test_an_override_set_back_to_the_panels_value_is_none() -> None:
+    """As torch.distributed.checkpoint does to the learning rate, around a step without lr."""
+    model = Network()
+    optimizer = make(model)
+    step(optimizer, model)
+    for value in (0.0, 0.1):
+        optimizer["b"].param_groups[0]["lr"] = value
+        by_hand(optimizer, model)
+    optimizer.param_groups[0]["lr"] = 0.2
+    by_hand(optimizer, model)
+    assert rates(optimizer) == [0.2, 0.2, 0.2]
+
+
 def test_overrides_and_rates_survive_a_state_dict() -> None:
     model = Network()
     optimizer = make(model)
