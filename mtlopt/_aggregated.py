@@ -121,7 +121,8 @@ class Aggregated(CombiningOptimizer):
             self._check_rows(present)
         gradients = list(collected.values())
         del collected
-        with self._drawing_alike():
+        # A caller's autocast is not for the aggregation.
+        with self._drawing_alike(), torch.autocast(self._device.type, enabled=False):
             combined = (
                 self._by_matrix(gradients)
                 if self._weighting is None

@@ -215,10 +215,12 @@ def conflict_fraction(gram: Tensor) -> Tensor:
 def _inner_products(rows: Tensor) -> Tensor:
     """Multiplies the rows of a (T, n) matrix by one another."""
     rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    if rows.shape[1] % CHUNK:
-        return (rows @ rows.mT.conj()).real.double()
-    chunks = rows.reshape(len(rows), rows.shape[1] // CHUNK, CHUNK).transpose(0, 1)
-    return (chunks @ chunks.mT.conj()).real.double().sum(0)
+    # Inside a caller's autocast the products would be of half precision.
+    with torch.autocast(rows.device.type, enabled=False):
+        if rows.shape[1] % CHUNK:
+            return (rows @ rows.mT.conj()).real.double()
+        chunks = rows.reshape(len(rows), rows.shape[1] // CHUNK, CHUNK).transpose(0, 1)
+        return (chunks @ chunks.mT.conj()).real.double().sum(0)
 
 
 def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
