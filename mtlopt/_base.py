@@ -2,7 +2,7 @@
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any, cast
 
@@ -251,6 +251,7 @@ def repeat(
     values: dict[str, Tensor],
     again: Callable[[], dict[str, Tensor]],
     objective: Callable[[dict[str, Tensor]], Tensor],
+    parameters: Sequence[Tensor],
 ) -> Callable[[], Any]:
     """Makes a closure in torch's sense of a gradient that has been taken once already.
 
@@ -258,11 +259,15 @@ def repeat(
         values: The losses of the first evaluation, whose gradient is in `.grad`.
         again: Takes the gradient anew and returns the losses there.
         objective: Makes of the losses what the gradient is the gradient of.
+        parameters: What the gradient was taken with respect to.
     """
     first = [values]
+    versions = [parameter._version for parameter in parameters]
 
     def closure() -> Tensor:
-        present = first.pop() if first else again()
+        # Some classes move the parameters before they ask (schedule-free's closure classes).
+        stale = versions != [parameter._version for parameter in parameters]
+        present = again() if stale or not first else first.pop()
         if present.keys() != values.keys():
             raise ValueError(
                 "`losses` must bring the same tasks at every evaluation of one step, "

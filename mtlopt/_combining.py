@@ -178,7 +178,7 @@ class CombiningOptimizer(WrappedOptimizer):
             finally:
                 self._scaling.update()
         elif self._needs_closure:
-            self.base.step(repeat(values, again, self._objective))
+            self.base.step(repeat(values, again, self._objective, self._parameters))
         else:
             self.base.step()
         self._stepped(skipped)

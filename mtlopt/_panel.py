@@ -191,7 +191,7 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         states = [state_dict] * len(self) if saved is None else saved["optimizers"]
         for optimizer, state in zip(self._inner_optimizers(), states, strict=True):
             # A copy, since torch keeps tensors that it need not cast.
-            optimizer.load_state_dict(deepcopy(state))
+            optimizer.load_state_dict(_copied_state(state))
         if saved is None:
             self._forget_schedulers()
         first = self._optimizers[self.tasks[0]].param_groups
@@ -229,6 +229,20 @@ def _copied_group(group: dict[str, Any]) -> dict[str, Any]:
     params = group["params"]
     options = {key: copied(value) for key, value in group.items() if key != "params"}
     return {"params": params if isinstance(params, (Tensor, set)) else list(params), **options}
+
+
+def _copied_state(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Copies a state dict; subclasses of tensors, which may know no copy, part by part."""
+    memo: dict[int, Any] = {}
+    for entries in state_dict["state"].values():
+        for value in entries.values():
+            if hasattr(value, "__tensor_flatten__"):  # torchao's 8-bit states, FSDP's shards.
+                names, context = value.__tensor_flatten__()
+                parts = {name: copied(getattr(value, name)) for name in names}
+                memo[id(value)] = type(value).__tensor_unflatten__(
+                    parts, context, value.shape, value.stride()
+                )
+    return deepcopy(state_dict, memo)
 
 
 def _build(

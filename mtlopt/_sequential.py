@@ -181,7 +181,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         if self._scaling is not None and skipped is not None:
             self._scaling.step(optimizer)
         elif self._needs_closure and again is not None:
-            optimizer.step(repeat(values, again, lambda v: sum_tensors(list(v.values()))))
+            optimizer.step(repeat(values, again, _total, self._parameters))
         else:
             optimizer.step()
 
@@ -191,3 +191,7 @@ def _agree(
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
     seen = {name: [present[name]] if name in present else [] for name in names}
     return agree(seen, ranks, on_every_rank=True)
+
+
+def _total(values: dict[str, Tensor]) -> Tensor:
+    return sum_tensors(list(values.values()))
