@@ -1,12 +1,14 @@
 # Every target installs what it needs into $(VENV) first; a second call finds it there.
+# The frameworks of today want a newer torch than the oldest that the package itself supports.
 # Another Python: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
 VENV ?= .venv
+PYTHONS ?= python3.10 python3.13
 
 BIN := $(VENV)/bin
 TORCH_FLOOR := $(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test lint docs floor clean
+.PHONY: help demo test lint docs floor matrix clean
 
 help:
 	@echo "make demo    train the glaucoma network on synthetic pictures, minutes on two cores"
@@ -14,6 +16,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation into docs/_build/html"
 	@echo "make floor   run the package's tests on the oldest torch supported ($(TORCH_FLOOR))"
+	@echo "make matrix  that, and all tests on the oldest and newest Python ($(PYTHONS))"
 	@echo "make clean   remove environments, caches and build products"
 
 demo: $(VENV)/.refuge
@@ -30,8 +33,15 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
 
+matrix: floor
+	@for python in $(PYTHONS); do \
+		echo "== $$python"; \
+		$(MAKE) test PYTHON=$$python VENV=$(VENV)-$$python || exit 1; \
+	done
+
 floor: $(VENV)-floor/.installed
-	$(VENV)-floor/bin/python -m pytest -n auto --ignore tests/refuge
+	$(VENV)-floor/bin/python -m pytest -n auto --ignore tests/refuge --ignore tests/test_benchmarks.py \
+		--ignore tests/test_integrations.py
 
 $(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,5 +54,5 @@ $(VENV)-floor/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor .ci/env .ci/dist dist docs/_build
+	rm -rf $(VENV) $(VENV)-* .ci/env .ci/dist dist docs/_build
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache

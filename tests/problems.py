@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 TASKS = ("a", "b", "c")
+SHARDS = torch.__version__ >= "2.7"
+"""Whether FSDP2 works on a processor: in torch 2.6 it wants a device's streams."""
 
 
 class Network(nn.Module):

@@ -17,10 +17,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
 import mtlopt
-from problems import TASKS, Network, batches, make_losses
+from problems import SHARDS, TASKS, Network, batches, make_losses
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(not SHARDS, reason="FSDP2 of this torch does not run on a processor"),
     # Torch's own, of checkpoints without a process group and of typed storage.
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage"),
 ]

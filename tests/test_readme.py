@@ -107,6 +107,17 @@ def test_a_page_names_only_what_exists(page: Path) -> None:
     assert all(hasattr(mtlopt, name) for name in names), names
 
 
+def test_a_page_names_only_tests_that_exist() -> None:
+    named = [
+        match
+        for page in PAGES
+        for match in re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
+
+
 def test_the_table_lists_every_method() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     methods = {
