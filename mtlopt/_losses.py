@@ -81,8 +81,9 @@ def evaluate(
     if isinstance(losses, Mapping):
         found: Any = losses
     else:
-        # Inside a caller's autocast there may be casts of weights that have moved since.
-        torch.clear_autocast_cache()
+        if not torch.compiler.is_compiling():
+            # Inside a caller's autocast there may be casts of weights that have moved since.
+            torch.clear_autocast_cache()
         found = _call(losses, tuple(names), batch)
     if not isinstance(found, Mapping):
         raise TypeError(
