@@ -1,6 +1,7 @@
 """With torch.compile a method does what it does without."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -100,14 +101,13 @@ def test_the_default_backend_works_or_says_what_to_do(method: str) -> None:
     torch.manual_seed(0)
     model = Network()
     model.compile()
-    try:
+    # Torch 2.6 has no such buffers.
+    several = method in {"pcgrad", "gradnorm", "simultaneous"} and torch.__version__ >= "2.7"
+    refused = pytest.raises(RuntimeError, match="forwards='per-task'")
+    with refused if several else nullcontext():
         weights, _ = train(method, model)
-    except RuntimeError as error:
-        assert method in {"pcgrad", "gradnorm", "simultaneous"}
-        assert "forwards='per-task'" in str(error)
-        return
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-12)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["joint", "alternating", "pcgrad", "independent"])

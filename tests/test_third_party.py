@@ -4,6 +4,7 @@ The classes of `test_independent.py` (Lion, Prodigy and schedule-free AdamW unde
 `IndependentOptimizer`) come here with schedulers, files and wrappers.
 """
 
+import importlib
 import io
 from collections.abc import Callable
 from typing import Any
