@@ -86,14 +86,11 @@ class Module(lightning.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.997)]
 
     def losses(self, tasks: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-        with self.trainer.precision_plugin.forward_context():
-            return evaluate(self.network, tasks, batch)
+        return evaluate(self.network, tasks, batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        # Lightning casts all of `training_step`; gradients should be combined in full precision.
-        with torch.autocast(self.device.type, enabled=False):
-            values = optimizer.step(self.losses, batch)
+        values = optimizer.step(self.losses, batch)
         # Lightning's wrapper of the optimizer counts steps, but has no place for losses in its
         # own `step`. Without this count ModelCheckpoint and `max_steps` do nothing.
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
