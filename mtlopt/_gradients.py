@@ -1,8 +1,7 @@
 """Per-task gradients as lists beside the parameters; None where a task does not reach one."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -42,15 +41,18 @@ def differentiate(
 
 def backward(
     loss: Tensor,
-    parameters: Sequence[Tensor],
+    parameters: Iterable[Tensor],
     retain_graph: bool = False,
     inputs: list[Tensor] | None = None,
 ) -> None:
     """Adds the loss's gradient to `.grad` of the parameters that it reaches, and of no others."""
     compiled = _is_compiled(loss)
     without = [p for p in parameters if p.grad is None] if compiled else []
-    with explained():
+    try:
         loss.backward(retain_graph=retain_graph, inputs=inputs)
+    except RuntimeError as error:
+        explain(error)
+        raise
     # A compiled graph gives zeros to the parameters of outputs that the loss does not depend on.
     given = [parameter for parameter in without if parameter.grad is not None]
     if given:
@@ -60,14 +62,21 @@ def backward(
                 parameter.grad = None
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Says what to do where torch refuses a second backward pass through a compiled graph."""
+def partial(loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
+    """Takes a gradient by the passes that these parameters need; keeps the graph.
+
+    The results may share their memory.
+    """
     try:
-        yield
+        return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
     except RuntimeError as error:
-        if "donated" not in str(error):
-            raise
+        explain(error)
+        raise
+
+
+def explain(error: RuntimeError) -> None:
+    """Says what to do where torch refused a second backward pass through a compiled graph."""
+    if "donated" in str(error):
         raise RuntimeError(
             "A compiled model takes one backward pass per forward pass: choose "
             "`forwards='per-task'`, or set torch._functorch.config.donated_buffer = False before "

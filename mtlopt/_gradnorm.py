@@ -1,6 +1,6 @@
 """GradNorm: loss weights that balance the tasks' training rates (Chen et al., 2018)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,10 +201,7 @@ class GradNorm(CombiningOptimizer):
         terms = self._by_task(present)
         self._check_positive(terms)
         for task, term in terms.items():
-            with _gradients.explained():
-                own: Sequence[Tensor | None] = torch.autograd.grad(
-                    scale(term), self.shared, retain_graph=True, allow_unused=True
-                )
+            own = _gradients.partial(scale(term), self.shared)
             # Copies, since results of autograd may share their memory.
             self._remember(task, [None if part is None else part.clone() for part in own])
         if terms:

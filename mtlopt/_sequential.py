@@ -108,7 +108,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
             if counts[name]
         ]
         if terms:
-            _gradients.backward(self._scale(sum_tensors(terms)), self._parameters)
+            _gradients.backward(self._scale(sum_tensors(terms)), self._walk())
         return values
 
     def _accumulate(
@@ -142,6 +142,9 @@ class SequentialOptimizer(MultiTaskOptimizer):
         _gradients.put(parameters, gradients)
         return values
 
+    def _walk(self) -> Iterator[Tensor]:
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
     @property
     def _ranks(self) -> dist.ProcessGroup | None:
         """The ranks that agree on counts; all there are, if none were named."""
@@ -149,12 +152,14 @@ class SequentialOptimizer(MultiTaskOptimizer):
 
     def _check_reduced(self, task: Task, norms: list[Tensor]) -> None:
         """Makes sure, once for each task, that the ranks' gradients are one."""
-        ranks = self._ranks
-        if ranks is None or task in self._reduced or is_sharded(norms):
+        if task in self._reduced:
             return
-        norm = torch.stack(norms).norm() if norms else torch.zeros(())
-        remedy = "wrap the model in DistributedDataParallel(model, find_unused_parameters=True)."
-        check_reduced(norm, ranks, f"of task {task!r}", remedy)
+        if (ranks := self._ranks) is not None and not is_sharded(norms):
+            norm = torch.stack(norms).norm() if norms else torch.zeros(())
+            remedy = (
+                "wrap the model in DistributedDataParallel(model, find_unused_parameters=True)."
+            )
+            check_reduced(norm, ranks, f"of task {task!r}", remedy)
         self._reduced.add(task)
 
     @contextmanager
@@ -175,7 +180,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
     ) -> None:
         """Moves the weights by one task's step; a gradient that overflowed is skipped."""
         skipped = self._unscale(optimizer)
-        norms = _gradients.norms([p.grad for group in self.param_groups for p in group["params"]])
+        norms = _gradients.norms([parameter.grad for parameter in self._walk()])
         self._check_reduced(task, norms)
         self._seen[task] = (norms, skipped)
         if self._scaling is not None and skipped is not None:
