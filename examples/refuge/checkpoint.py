@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -41,6 +42,18 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
         raise InputError(f"{file}: cannot be written ({error.strerror}).") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, unless they exist.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}).") from error
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes UTF-8 text, whole or not at all."""
     write_whole(file, lambda opened: opened.write(text.encode()))
@@ -68,7 +81,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def save_checkpoint(file: Path, state: Mapping[str, Any]) -> None:
     """Saves tensors and plain containers, whole or not at all."""
-    write_whole(file, lambda opened: torch.save(dict(state), opened))
+    content = io.BytesIO()  # On a full disk torch.save itself would not raise an OSError.
+    torch.save(dict(state), content)
+    write_whole(file, lambda opened: opened.write(content.getbuffer()))
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
@@ -92,10 +107,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], key: str) -> None:
     """Saves tensors together with what they were made from."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{file.parent}: cannot be made ({error.strerror}).") from error
+    make_folder(file.parent)
     save_checkpoint(file, {"key": key, **tensors})
 
 

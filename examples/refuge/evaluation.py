@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +19,13 @@ from metrics import (
     dice,
     largest_component,
     mean,
+    rates,
     vertical_cup_to_disc_ratio,
 )
 
 Array = NDArray[np.float64]
 Metrics = dict[str, float | None]
-Autocast = Callable[[], AbstractContextManager[object]]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -53,63 +54,75 @@ class Evaluation:
     metrics: Metrics
 
 
-def evaluate(
-    model: nn.Module,
-    photographs: Photographs,
-    *,
-    tasks: Sequence[str],
-    classifier: RatioClassifier | None,
-    device: torch.device,
-    autocast: Autocast,
-) -> Evaluation:
-    """Predicts, diagnoses and measures.
+@dataclass(frozen=True)
+class Trained:
+    """A network with what its answers depend on.
 
-    Args:
-        model: The network.
-        photographs: The split.
-        tasks: What the network has learned; it is not asked anything else.
+    Attributes:
+        network: The network.
+        tasks: What it has learned; it is not asked anything else.
         classifier: Turns vCDR into a probability; None where there is none.
+        autocast: Makes the context of the forward passes.
         device: Where the network is.
-        autocast: Context of the forward passes.
     """
-    predictions = predict(model, photographs, tasks, device, autocast)
-    diagnoses = diagnose(predictions, classifier)
+
+    network: nn.Module
+    tasks: Sequence[str]
+    classifier: RatioClassifier | None
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    device: torch.device = CPU
+
+    @torch.no_grad()
+    def ask(self, images: Tensor) -> dict[str, Array]:
+        """Computes the probabilities of one photograph.
+
+        One at a time because batch statistics would let the photographs of a batch influence each
+        other.
+
+        Args:
+            images: (1, 3, size, size).
+
+        Returns:
+            For each task a map (size, size), for glaucoma a number.
+        """
+        self.network.eval()
+        with self.autocast():
+            logits = self.network(images.to(self.device), self.tasks)
+        # In double precision a sigmoid far below zero keeps its mass, as the fovea's centre needs.
+        return {task: each[0].double().sigmoid().cpu().numpy() for task, each in logits.items()}
+
+
+def evaluate(trained: Trained, photographs: Photographs) -> Evaluation:
+    """Predicts, diagnoses and measures a split."""
+    predictions = predict(trained, photographs)
+    diagnoses = diagnose(predictions, trained.classifier)
     return Evaluation(predictions, diagnoses, measure(predictions, photographs, diagnoses))
 
 
-@torch.no_grad()
-def predict(
-    model: nn.Module,
-    photographs: Photographs,
-    tasks: Sequence[str],
-    device: torch.device,
-    autocast: Autocast,
-) -> Predictions:
-    """Asks the network for the tasks it has learned, one photograph at a time.
+def predict(trained: Trained, photographs: Photographs) -> Predictions:
+    """Asks the network for the tasks it has learned, one photograph at a time."""
+    rows = range(len(photographs))
+    return summarise([trained.ask(photographs[row].images) for row in rows])
 
-    One at a time because batch statistics would let the photographs of a batch influence each
-    other.
-    """
-    model.eval()
-    answers: dict[str, list[Array]] = {task: [] for task in tasks}
-    for row in range(len(photographs)):
-        images = photographs[row].images.to(device)
-        with autocast():
-            logits = model(images, tasks)
-        for task in tasks:
-            answers[task].append(_to_probabilities(logits[task]))
-    maps = {task: np.concatenate(parts) for task, parts in answers.items() if parts}
+
+def summarise(answers: Sequence[Mapping[str, Array]]) -> Predictions:
+    """Makes masks, points and ratios of the probabilities of some photographs."""
+    learned = answers[0].keys()
     masks: dict[str, NDArray[np.bool_]] = {
-        task: np.stack([largest_component(each > 0.5) for each in maps[task]])
+        task: np.stack([largest_component(each[task] > 0.5) for each in answers])
         for task in ("disc", "cup")
-        if task in maps
+        if task in learned
     }
-    ratios = np.full(len(photographs), np.nan)
+    ratios = np.full(len(answers), np.nan)
     if len(masks) == 2:
         pairs = zip(masks["disc"], masks["cup"], strict=True)
         ratios = np.array([vertical_cup_to_disc_ratio(disc, cup) for disc, cup in pairs])
-    points = centre_of_mass(maps["fovea"]) if "fovea" in maps else None
-    return Predictions(masks, points, maps.get("glaucoma"), ratios)
+    points = probabilities = None
+    if "fovea" in learned:
+        points = np.concatenate([centre_of_mass(each["fovea"][None]) for each in answers])
+    if "glaucoma" in learned:
+        probabilities = np.array([float(each["glaucoma"]) for each in answers])
+    return Predictions(masks, points, probabilities, ratios)
 
 
 def diagnose(predictions: Predictions, classifier: RatioClassifier | None) -> dict[str, Array]:
@@ -129,14 +142,19 @@ def measure(
     """Measures predictions where the truth is known; None where it never is.
 
     Returns:
-        AUC of the average of both classifiers and of each, its Brier score, Dice of disc and cup,
-        distance of the foveas in input and in original pixels, and absolute error of vCDR.
+        AUC of the average of both classifiers and of each, the average's sensitivity, specificity
+        and Brier score, Dice of disc and cup, distance of the foveas in input and in original
+        pixels, and absolute error of vCDR.
     """
     labels = photographs.labels.numpy()
     metrics: Metrics = {}
     for name, key in (("both", ""), ("fc", "_fc"), ("vcdr", "_vcdr")):
         usable = (labels >= 0) & ~np.isnan(diagnoses[name])
         metrics[f"glaucoma_auc{key}"] = auc(labels[usable], diagnoses[name][usable])
+    usable = (labels >= 0) & ~np.isnan(diagnoses["both"])
+    metrics["glaucoma_sensitivity"], metrics["glaucoma_specificity"] = rates(
+        labels[usable], diagnoses["both"][usable]
+    )
     errors = np.where(labels >= 0, (diagnoses["both"] - labels) ** 2, np.nan)
     metrics["glaucoma_brier"] = mean(errors)
 
@@ -157,19 +175,16 @@ def measure(
     return metrics
 
 
-def score(metrics: Metrics, size: int) -> float | None:
+def score(metrics: Metrics, size: int, tasks: Sequence[str]) -> float | None:
     """Averages what was measured of both Dice, 1 - Brier score and 1 - fovea error / side.
 
     The Brier score, not the AUC: a small validation split has too few positives to rank.
     """
-    parts = [metrics["disc_dice"], metrics["cup_dice"]]
-    if (brier := metrics["glaucoma_brier"]) is not None:
-        parts.append(1 - brier)
-    if (error := metrics["fovea_error"]) is not None:
-        parts.append(1 - error / size)
-    return mean(np.array([part for part in parts if part is not None]))
-
-
-def _to_probabilities(logits: Tensor) -> Array:
-    # In double precision a sigmoid far below zero keeps its mass, which the fovea's centre needs.
-    return np.asarray(logits.double().sigmoid().cpu().numpy())
+    error, brier = metrics["fovea_error"], metrics["glaucoma_brier"]
+    parts = {
+        "disc": metrics["disc_dice"],
+        "cup": metrics["cup_dice"],
+        "fovea": None if error is None else 1 - error / size,
+        "glaucoma": None if brier is None else 1 - brier,
+    }
+    return mean(np.array([part for task in tasks if (part := parts[task]) is not None]))

@@ -24,11 +24,11 @@ History = Sequence[Mapping[str, Any]]
 def draw_pictures(file: Path, photographs: Photographs, count: int = 12) -> None:
     """Shows the first photographs as the network gets them, with their labels."""
     names = {1: "glaucoma", 0: "no glaucoma", -1: "not labelled"}
-    figure, axes = _grid(min(count, len(photographs)), columns=4)
+    figure, axes = grid(min(count, len(photographs)), columns=4)
     for row, ax in enumerate(axes):
-        _show(ax, photographs, row)
+        show(ax, photographs, row)
         ax.set_title(names[int(photographs.labels[row])], fontsize=8)
-    _save(figure, file)
+    save(figure, file)
 
 
 def draw_overlays(
@@ -44,24 +44,24 @@ def draw_overlays(
         count: How many, spread over the split.
     """
     count = min(count, len(photographs))
-    figure, axes = _grid(count, columns=4)
+    figure, axes = grid(count, columns=4)
     batch = photographs[torch.arange(len(photographs))]
     points = photographs.input_points().numpy()
     chosen = np.linspace(0, len(photographs) - 1, count).astype(int)
     for row, ax in zip(chosen, axes, strict=True):
-        _show(ax, photographs, int(row))
+        show(ax, photographs, int(row))
         for task, style in (("disc", "solid"), ("cup", "dashed")):
             if batch.known[task][row]:
-                _outline(ax, batch.targets[task][row].cpu().numpy(), TRUE, style)
+                outline(ax, batch.targets[task][row].cpu().numpy(), TRUE, style)
             if task in predictions.masks:
-                _outline(ax, predictions.masks[task][row], PREDICTED, style)
+                outline(ax, predictions.masks[task][row], PREDICTED, style)
         ax.plot(*points[row], "+", color=TRUE, markersize=9)
         if predictions.points is not None:
             ax.plot(*predictions.points[row], "x", color=PREDICTED, markersize=7)
     figure.suptitle(
         f"{source}: truth white, prediction blue; disc solid, cup dashed, fovea crosses", fontsize=9
     )
-    _save(figure, file)
+    save(figure, file)
 
 
 def draw_learning_curves(file: Path, history: History, source: str) -> None:
@@ -80,7 +80,7 @@ def draw_learning_curves(file: Path, history: History, source: str) -> None:
     for ax in (top, bottom):
         if ax.lines:
             ax.legend(fontsize=8)
-    _save(figure, file)
+    save(figure, file)
 
 
 def draw_roc(
@@ -101,26 +101,30 @@ def draw_roc(
     ax.plot((0, 1), (0, 1), ":", color="grey")
     ax.set(xlabel="1 - specificity", ylabel="sensitivity", title=source, aspect="equal")
     ax.legend()
-    _save(figure, file)
+    save(figure, file)
 
 
-def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+def grid(count: int, columns: int, side: float = 2.2) -> tuple[Figure, list[Axes]]:
+    """Makes a figure of so many empty axes, `side` inches each."""
     rows = -(-count // columns)
-    figure = Figure(figsize=(2.2 * columns, 2.3 * rows), layout="constrained")
+    figure = Figure(figsize=(side * columns, (side + 0.1) * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.axis("off")
     return figure, axes[:count]
 
 
-def _show(ax: Axes, photographs: Photographs, row: int) -> None:
+def show(ax: Axes, photographs: Photographs, row: int) -> None:
+    """Shows a photograph."""
     ax.imshow(photographs.pictures[row].permute(1, 2, 0).cpu().numpy(), interpolation="bicubic")
 
 
-def _outline(ax: Axes, mask: NDArray[np.bool_], colour: str, style: str) -> None:
+def outline(ax: Axes, mask: NDArray[np.bool_], colour: str, style: str) -> None:
+    """Draws the outline of a mask."""
     if mask.any():
         ax.contour(mask, levels=[0.5], colors=colour, linestyles=style, linewidths=0.9)
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save(figure: Figure, file: Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
     write_whole(file, lambda opened: figure.savefig(opened, format="png", dpi=130))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from data import Batch
 
 
-def task_losses(logits: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, int] | None]:
+def task_losses(logits: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, int]]:
     """Computes each task's loss and how many pictures it is the mean of.
 
     Args:
@@ -22,18 +22,20 @@ def task_losses(logits: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[T
         batch: The truth, and which pictures have it.
 
     Returns:
-        For each task `(loss, count)`, or None where no picture of the batch is labelled.
+        For each task `(loss, count)`; without a labelled picture the loss is 0 and so is the
+        count, but its backward pass goes through the network, as other processes' do.
     """
-    losses: dict[str, tuple[Tensor, int] | None] = {}
-    for task, output in logits.items():
-        rows = batch.labelled(task)
-        if len(rows) == 0:
-            losses[task] = None
-            continue
-        there = rows.to(output.device)
+    losses = {}
+    for task in logits:
         # Half precision would round the small losses of a nearly solved task to zero.
-        loss = LOSSES[task](output.float()[there], batch.targets[task][there])
-        losses[task] = (loss, len(rows))
+        rows, target, output = batch.labelled(task), batch.targets[task], logits[task].float()
+        if len(rows) == 0:
+            losses[task] = (output.sum() * 0, 0)
+            continue
+        if len(rows) < len(output):
+            there = rows.to(output.device)
+            output, target = output[there], target[there]
+        losses[task] = (LOSSES[task](output, target), len(rows))
     return losses
 
 

@@ -58,6 +58,14 @@ def auc(labels: NDArray[np.integer], probabilities: Array) -> float | None:
     return float(roc_auc_score(labels, probabilities)) if len(np.unique(labels)) == 2 else None
 
 
+def rates(
+    labels: NDArray[np.integer], probabilities: Array, threshold: float = 0.5
+) -> tuple[float | None, float | None]:
+    """Sensitivity and specificity at a threshold; None for a class that is not there."""
+    right = ((probabilities >= threshold) == labels).astype(float)
+    return mean(right[labels == 1]), mean(right[labels == 0])
+
+
 def mean(values: Array) -> float | None:
     """Mean of the values that are numbers; None where none is."""
     values = values[~np.isnan(values)]

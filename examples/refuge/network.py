@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 TASKS = ("disc", "cup", "fovea", "glaucoma")
 NORMS = ("batch", "group", "running")
+ENCODERS = {"vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3)}  # convolutions in each stage
 PRIOR = 0.01  # probability of a pixel before training, as Lin et al. (2017) start from
 
 
@@ -22,16 +25,21 @@ class MultiTaskUNet(nn.Module):
     Args:
         tasks: Which of `TASKS` it can do.
         width: Channels of the first stage; 64 as published.
+        encoder: One of `ENCODERS`; "vgg13" has the published number of parameters.
         norm: "batch" uses the statistics of the batch at hand, at evaluation too, as published;
             "running" averages them for evaluation; "group" is group normalisation.
         dropout: Probability in front of the glaucoma head.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
         tasks: Sequence[str] = TASKS,
         *,
         width: int = 64,
+        encoder: str = "vgg13",
         norm: str = "batch",
         dropout: float = 0.8,
     ) -> None:
@@ -41,11 +49,16 @@ class MultiTaskUNet(nn.Module):
             raise ValueError(f"`tasks` must be a non-empty subset of {TASKS}, got {tuple(tasks)}.")
         if norm not in NORMS:
             raise ValueError(f"`norm` must be one of {NORMS}, got {norm!r}.")
+        if encoder not in ENCODERS:
+            raise ValueError(f"`encoder` must be one of {tuple(ENCODERS)}, got {encoder!r}.")
         self.tasks = tuple(tasks)
+        # What the pictures are normalised by; it follows the weights, so it is saved with them.
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.register_buffer("std", torch.ones(3, 1, 1))
         channels = [width, 2 * width, 4 * width, 8 * width, 8 * width]
+        stages = zip([3, *channels], channels, ENCODERS[encoder], strict=False)
         self.encoder = nn.ModuleList(
-            _double_convolution(inside, out, out, norm)
-            for inside, out in zip([3, *channels], channels, strict=False)
+            _convolutions([inside] + [out] * depth, norm) for inside, out, depth in stages
         )
         self.decoder = nn.ModuleList()
         self.heads = nn.ModuleDict()
@@ -55,7 +68,7 @@ class MultiTaskUNet(nn.Module):
         dense = [task for task in tasks if task != "glaucoma"]
         if dense:
             for skip, out in zip(channels[3::-1], (*channels[2::-1], width), strict=True):
-                self.decoder.append(_double_convolution(2 * skip, skip, out, norm))
+                self.decoder.append(_convolutions([2 * skip, skip, out], norm))
             self.heads.update({task: _dense_head(width) for task in dense})
 
     def forward(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -69,7 +82,7 @@ class MultiTaskUNet(nn.Module):
             For each task asked, in that order, its logits: (n, size, size), or (n,) for glaucoma.
         """
         tasks = self.tasks if tasks is None else tasks
-        features = [self.encoder[0](images)]
+        features = [self.encoder[0]((images - self.mean) / self.std)]
         for stage in self.encoder[1:]:
             features.append(stage(F.max_pool2d(features[-1], 2)))
         logits = {}
@@ -85,6 +98,29 @@ class MultiTaskUNet(nn.Module):
             logits |= {task: self.heads[task](x).squeeze(1) for task in dense}
         return {task: logits[task] for task in tasks}
 
+    def encoder_convolutions(self) -> list[nn.Conv2d]:
+        """Lists the encoder's convolutions; the last one is the last layer all tasks share."""
+        return [layer for layer in self.encoder.modules() if isinstance(layer, nn.Conv2d)]
+
+
+class SingleTaskNetworks(nn.Module):
+    """Single-task learning: a network of its own for each task, behind the interface of one.
+
+    Args:
+        tasks: Which of `TASKS`.
+        **options: As `MultiTaskUNet` takes them.
+    """
+
+    def __init__(self, tasks: Sequence[str] = TASKS, **options: Any) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.networks = nn.ModuleDict({task: MultiTaskUNet((task,), **options) for task in tasks})
+
+    def forward(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Computes the logits of the tasks asked; see `MultiTaskUNet.forward`."""
+        tasks = self.tasks if tasks is None else tasks
+        return {task: self.networks[task](images, (task,))[task] for task in tasks}
+
 
 def count_parameters(model: nn.Module) -> int:
     """Counts the trainable numbers of a model."""
@@ -99,9 +135,9 @@ def _dense_head(width: int) -> nn.Conv2d:
     return head
 
 
-def _double_convolution(inside: int, middle: int, out: int, norm: str) -> nn.Sequential:
+def _convolutions(channels: Sequence[int], norm: str) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in ((inside, middle), (middle, out)):
+    for before, after in pairwise(channels):
         layers += [nn.Conv2d(before, after, kernel_size=3, padding=1), _normalise(after, norm)]
         layers += [nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)

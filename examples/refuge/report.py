@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoint import write_json
+from checkpoint import write_json, write_text
 from data import Photographs
 from evaluation import Evaluation, Metrics
 from figures import History, draw_learning_curves, draw_overlays, draw_roc
@@ -41,11 +43,35 @@ def write_report(
     if any(area is not None for area in areas.values()):
         labels = photographs.labels.numpy()
         draw_roc(figures / "roc.png", labels, evaluation.diagnoses, areas, source)
+    write_predictions(out / "predictions-test.csv", photographs, evaluation)
     write_json(out / "metrics.json", {"data": source, **metrics, **facts})
     print(f"{out}: {len(photographs)} test pictures, {source}")
     print(format_table(metrics, photographs.size))
     for note in facts["notes"]:
         print(f"note: {note}")
+
+
+def write_predictions(file: Path, photographs: Photographs, evaluation: Evaluation) -> None:
+    """Writes a row per photograph as CSV; a cell is empty where there is no number."""
+    predictions, diagnoses = evaluation.predictions, evaluation.diagnoses
+    columns: dict[str, Any] = {
+        "label": np.where(photographs.labels < 0, np.nan, photographs.labels),
+        "probability": diagnoses["both"],
+        "probability_fc": diagnoses["fc"],
+        "probability_vcdr": diagnoses["vcdr"],
+        "vcdr": predictions.ratios,
+        "true_vcdr": photographs.ratios.numpy(),
+    }
+    if predictions.points is not None:
+        columns["fovea_x"], columns["fovea_y"] = predictions.points.T
+        columns["true_fovea_x"], columns["true_fovea_y"] = photographs.input_points().numpy().T
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["photograph", *columns])
+    for name, *values in zip(photographs.names, *columns.values(), strict=True):
+        shown = ["" if np.isnan(value) else f"{value:.6g}" for value in values]
+        writer.writerow([name, *shown])
+    write_text(file, text.getvalue())
 
 
 def missing_ratios(evaluation: Evaluation) -> list[str]:
@@ -68,6 +94,8 @@ def format_table(metrics: Metrics, size: int) -> str:
     fc, vcdr = show(metrics["glaucoma_auc_fc"]), show(metrics["glaucoma_auc_vcdr"])
     lines = (
         ("glaucoma AUC", f"{show(metrics['glaucoma_auc'])}  (FC {fc}, vCDR {vcdr})"),
+        ("sensitivity", f"{show(metrics['glaucoma_sensitivity'])}"),
+        ("specificity", f"{show(metrics['glaucoma_specificity'])}"),
         ("disc Dice", show(metrics["disc_dice"])),
         ("cup Dice", show(metrics["cup_dice"])),
         ("fovea error", f"{show(error, '.2f')} px{share}"),

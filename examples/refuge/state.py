@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 import mtlopt
 from checkpoint import load_checkpoint, save_checkpoint
 from errors import InputError
-from network import MultiTaskUNet
+from methods import Network
+from processes import Processes
 
 
 @dataclass
@@ -19,68 +21,73 @@ class TrainingState:
     """Everything that changes while a network is trained.
 
     Attributes:
-        model: The network.
+        network: What is trained.
         optimizer: Updates it.
         scaler: Scales the loss in half precision; None otherwise.
         shuffle: Draws the order of the pictures.
         epoch: Passes over the pictures so far.
         seconds: Time spent in them.
-        best: Highest validation score so far; None before the first.
+        best: Highest validation score of each part of the network so far.
         history: A row per epoch.
     """
 
-    model: MultiTaskUNet
+    network: Network
     optimizer: mtlopt.MultiTaskOptimizer
     scaler: torch.amp.GradScaler | None
     shuffle: torch.Generator
     epoch: int = 0
     seconds: float = 0.0
-    best: float | None = None
+    best: dict[str, float | None] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def is_best(self, score: float | None) -> bool:
-        """Notes a validation score and tells whether none before was higher or as high."""
-        if score is not None and self.best is not None and score <= self.best:
-            return False
-        self.best = score
-        return True
+    def improved(self, scores: Mapping[str, float | None]) -> list[str]:
+        """Notes the parts' validation scores; names those for which none before was as high."""
+        names = []
+        for name, score in scores.items():
+            best = self.best.get(name)
+            if score is None or best is None or score > best:
+                self.best[name] = score
+                names.append(name)
+        return names
 
-    def save(self, file: Path) -> None:
-        """Writes a checkpoint, whole or not at all."""
-        save_checkpoint(
-            file,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler and self.scaler.state_dict(),
-                "shuffle": self.shuffle.get_state(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all(),
-                "epoch": self.epoch,
-                "seconds": self.seconds,
-                "best": self.best,
-                "history": self.history,
-            },
-        )
+    def save(self, file: Path, processes: Processes) -> None:
+        """Writes a checkpoint, whole or not at all, on the first process; the others wait."""
+        rngs = processes.gather((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
+        if processes.first:
+            save_checkpoint(
+                file,
+                {
+                    "model": self.network.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler and self.scaler.state_dict(),
+                    "shuffle": self.shuffle.get_state(),
+                    "rngs": rngs,
+                    "epoch": self.epoch,
+                    "seconds": self.seconds,
+                    "best": self.best,
+                    "history": self.history,
+                },
+            )
 
-    def load(self, file: Path) -> None:
-        """Goes back to a checkpoint.
+    def load(self, file: Path, processes: Processes) -> None:
+        """Goes back to a checkpoint, each process to its own random draws.
 
         Raises:
             InputError: The file is no checkpoint of such a run.
         """
         state = load_checkpoint(file)
         try:
-            self.model.load_state_dict(state["model"])
+            self.network.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scaler:
                 self.scaler.load_state_dict(state["scaler"])
             self.shuffle.set_state(state["shuffle"])
-            torch.set_rng_state(state["rng"])
-            if len(state["cuda_rng"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            rng, cuda_rngs = state["rngs"][processes.rank]
+            torch.set_rng_state(rng)
+            if len(cuda_rngs) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(cuda_rngs)
             for name in ("epoch", "seconds", "best", "history"):
                 setattr(self, name, state[name])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{file}: not a checkpoint of this run ({reason}).") from error

@@ -15,178 +15,181 @@ import io
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import mtlopt
-from checkpoint import load_checkpoint, save_checkpoint, write_json, write_text
-from data import Batch, load_splits
+from checkpoint import write_json, write_text
+from data import Batch, Photographs, load_splits
 from diagnosis import fit_ratio_classifier
 from errors import InputError
-from evaluation import evaluate, score
+from evaluation import Trained, evaluate, score
 from figures import draw_pictures
 from losses import task_losses
-from network import TASKS, MultiTaskUNet, count_parameters
+from methods import build_network, build_optimizer, draw_objectives
+from metrics import mean
+from network import TASKS, count_parameters
+from processes import Processes, start_processes
 from report import missing_ratios, write_report
-from settings import Settings, parse
+from runs import autocast, load_best, parts, save_best
+from settings import Settings, claim_folder, parse
 from state import TrainingState
 
 VALIDATE_EVERY = 5
-DROPOUT = 0.8
-PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Objective = str | tuple[str, ...]
+ALONE = Processes()
 
 
-def build_optimizer(
-    settings: Settings,
-    model: MultiTaskUNet,
-    objectives: Sequence[Objective],
-    scaler: torch.amp.GradScaler | None,
-) -> mtlopt.MultiTaskOptimizer:
-    """Makes the optimizer that a method's name stands for, around Adam."""
-    parameters = model.parameters()
-    if settings.method == "independent":
-        return mtlopt.IndependentOptimizer(
-            torch.optim.Adam, parameters, objectives, lr=settings.lr, scaler=scaler
-        )
-    adam = torch.optim.Adam(parameters, lr=settings.lr)
-    if settings.method == "alternating":
-        return mtlopt.AlternatingOptimizer(adam, objectives, scaler=scaler)
-    return mtlopt.JointOptimizer(adam, objectives, scaler=scaler)
-
-
-def draw_objectives(settings: Settings) -> Sequence[Objective]:
-    """Groups the tasks at random, once for the whole run."""
-    if settings.group_size == 1:
-        return TASKS
-    generator = torch.Generator().manual_seed(settings.seed)
-    return list(mtlopt.random_groups(TASKS, settings.group_size, generator=generator))
-
-
-def build_state(
-    settings: Settings, objectives: Sequence[Objective], device: torch.device
-) -> TrainingState:
-    """Makes network and optimizer as they are before the first step."""
-    torch.manual_seed(settings.seed)
-    model = MultiTaskUNet(width=settings.width, norm=settings.norm, dropout=DROPOUT).to(device)
+def build_state(settings: Settings, processes: Processes, file: Path | None) -> TrainingState:
+    """Makes network and optimizer as they are before the first step, or as a checkpoint says."""
+    device = settings.torch_device()
+    network = build_network(settings, pretrained=file is None).to(device)
+    if device.type == "cuda":
+        network.to(memory_format=torch.channels_last)
     if settings.compile:
-        model.compile()
+        network.compile()
     scaler = torch.amp.GradScaler(device.type) if settings.amp == "fp16" else None
-    optimizer = build_optimizer(settings, model, objectives, scaler)
+    optimizer = build_optimizer(settings, network, scaler, processes.group)
+    if not processes.first:
+        torch.manual_seed(settings.seed + processes.rank)  # Dropout of its own.
     shuffle = torch.Generator().manual_seed(settings.seed)
-    return TrainingState(model, optimizer, scaler, shuffle)
+    state = TrainingState(network, optimizer, scaler, shuffle)
+    if file:
+        state.load(file, processes)
+    return state
 
 
-def train(settings: Settings, out: Path, resume: bool) -> None:
+def train(settings: Settings, out: Path, resume: bool, processes: Processes = ALONE) -> None:
     """Trains a network, then tests the weights that validated best.
 
     Args:
         settings: What the final weights depend on.
         out: The run folder; it exists.
         resume: Go on from `last.pt` where there is one.
+        processes: Those that train together; each takes its part of every batch.
     """
-    splits = load_splits(settings.data, settings.size, settings.seed, out.parent / ".cache")
+    with processes.in_turn():
+        splits = load_splits(settings.data, settings.size, settings.seed, out.parent / ".cache")
     source = "synthetic phantoms" if settings.data == "phantom" else Path(settings.data).name
     pictures = splits["train"]
-    iterations = len(pictures) // settings.batch_size
+    iterations = len(pictures) // (settings.batch_size * processes.count)
     if iterations == 0:
         raise InputError(
-            f"`--batch-size` must be at most {len(pictures)} (the training pictures), "
-            f"got {settings.batch_size}."
+            f"`--batch-size` must be at most {len(pictures) // processes.count} (the training "
+            f"pictures of a process), got {settings.batch_size}."
         )
     learned = pictures.tasks()
     classifier, reason = fit_ratio_classifier(pictures.ratios.numpy(), pictures.labels.numpy())
     notes = [f"no training picture is annotated for {t}." for t in TASKS if t not in learned]
     notes += [reason] if reason else []
 
-    device = settings.torch_device()
-    objectives = draw_objectives(settings)
-    state = build_state(settings, objectives, device)
-    model, optimizer = state.model, state.optimizer
-    if resume and (out / "last.pt").exists():
-        state.load(out / "last.pt")
-
+    file = out / "last.pt"
+    state = build_state(settings, processes, file if resume and file.exists() else None)
     facts = {
         "source": source,
         "pictures": {split: len(each) for split, each in splits.items()},
-        "objectives": list(objectives),
-        "parameters": count_parameters(model),
-        "dropout": DROPOUT,
+        "objectives": list(draw_objectives(settings)),
+        "parameters": count_parameters(state.network),
         "validate_every": VALIDATE_EVERY,
         "torch": torch.__version__,
     }
-    write_json(out / "config.json", asdict(settings) | facts)
-    (out / "figures").mkdir(exist_ok=True)
-    draw_pictures(out / "figures" / "pictures.png", pictures)
+    if processes.first:
+        write_json(out / "config.json", asdict(settings) | facts)
+        (out / "figures").mkdir(exist_ok=True)
+        draw_pictures(out / "figures" / "pictures.png", pictures)
+    device = settings.torch_device()
     for split in splits.values():
         split.keep_on(device)
 
-    dtype = PRECISIONS[settings.amp]
-    autocast = partial(torch.autocast, device.type, dtype, enabled=settings.amp != "off")
-    judge = partial(
-        evaluate, tasks=learned, classifier=classifier, device=device, autocast=autocast
-    )
-
-    def losses(tasks: Sequence[str], batch: Batch) -> Mapping[str, Any]:
-        # Batch norm must see the pictures that the losses are of: others shift its statistics.
-        batch = batch.only(tasks)
-        if len(batch.images) == 0:
-            return {}
-        with autocast():
-            logits = model(batch.images, tasks)
-        return task_losses(logits, batch)
-
+    trained = Trained(state.network, learned, classifier, partial(autocast, settings), device)
+    model = wrap(settings, state.network, processes)
     total, done = settings.epochs * iterations, state.epoch * iterations
-    with tqdm(total=total, initial=done, desc="training", unit="it", disable=None) as bar:
+    quiet = None if processes.first else True
+    with tqdm(total=total, initial=done, desc="training", unit="it", disable=quiet) as bar:
         while state.epoch < settings.epochs:
-            model.train()
-            start = time.perf_counter()
-            values = []
-            order = torch.randperm(len(pictures), generator=state.shuffle)
-            for rows in order[: iterations * settings.batch_size].view(iterations, -1):
-                values.append(optimizer.step(losses, pictures[rows].to(device)))
-                bar.update()
-            row = {"epoch": state.epoch + 1, **_mean_losses(values)}
-            state.seconds += time.perf_counter() - start
-            state.epoch += 1
-            state.history.append(row)
-
+            row = run_epoch(settings, state, model, pictures, iterations, processes, bar)
             if state.epoch % VALIDATE_EVERY == 0 or state.epoch == settings.epochs:
-                metrics = judge(model, splits["val"]).metrics
-                row["score"] = score(metrics, settings.size)
+                metrics = evaluate(trained, splits["val"]).metrics
+                row["score"] = score(metrics, settings.size, TASKS)
                 row |= {f"val_{key}": value for key, value in metrics.items()}
-                shown = "-" if row["score"] is None else f"{row['score']:.3f}"
-                tqdm.write(f"epoch {state.epoch} of {settings.epochs}: score {shown}")
-                if state.is_best(row["score"]):
-                    save_checkpoint(
-                        out / "best.pt",
-                        {
-                            "model": model.state_dict(),
-                            "epoch": state.epoch,
-                            "tasks": learned,
-                            "classifier": classifier and tuple(classifier),
-                        },
-                    )
-            state.save(out / "last.pt")
-            write_text(out / "history.csv", _to_csv(state.history))
+                scores = {k: score(metrics, settings.size, v) for k, v in parts(settings).items()}
+                improved = state.improved(scores)
+                if processes.first:
+                    shown = "-" if row["score"] is None else f"{row['score']:.3f}"
+                    tqdm.write(f"epoch {state.epoch} of {settings.epochs}: score {shown}")
+                    if improved:
+                        save_best(out, state.network, state.epoch, improved, learned, classifier)
+            state.save(file, processes)
+            if processes.first:
+                write_text(out / "history.csv", _to_csv(state.history))
 
-    best = load_checkpoint(out / "best.pt")
-    model.load_state_dict(best["model"])
-    evaluation = judge(model, splits["test"])
-    notes += missing_ratios(evaluation)
+    if not processes.first:
+        return
+    trained, epochs = load_best(out, state.network, settings)
+    evaluation = evaluate(trained, splits["test"])
     facts = {
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(state.network),
         "seconds_per_iteration": state.seconds / (state.epoch * iterations),
-        "best_epoch": best["epoch"],
-        "notes": notes,
+        "validation_score": mean(np.array([b for b in state.best.values() if b is not None])),
+        "best_epoch": epochs[""] if "" in epochs else list(epochs.values()),
+        "notes": notes + missing_ratios(evaluation),
     }
     write_report(out, source, splits["test"], evaluation, state.history, facts)
+
+
+def wrap(settings: Settings, network: nn.Module, processes: Processes) -> nn.Module:
+    """Lets DDP average the gradients of the methods that step once per task.
+
+    The others average each task's gradient themselves before they combine them.
+    """
+    if processes.count == 1 or settings.method not in ("independent", "alternating", "single"):
+        return network
+    return DistributedDataParallel(network, find_unused_parameters=True, broadcast_buffers=False)
+
+
+def run_epoch(
+    settings: Settings,
+    state: TrainingState,
+    model: nn.Module,
+    pictures: Photographs,
+    iterations: int,
+    processes: Processes,
+    bar: tqdm[Any],
+) -> dict[str, Any]:
+    """Passes once over the training pictures; returns the row of the history."""
+    device = settings.torch_device()
+
+    def losses(tasks: Sequence[str], batch: Batch) -> Mapping[str, tuple[Tensor, int]]:
+        # Batch norm must see the pictures that the losses are of: others shift its statistics.
+        part = batch.only(tasks)
+        if len(part.images) == 0:
+            if processes.count == 1:
+                return {}
+            part = batch  # The other processes wait for a backward pass.
+        with autocast(settings):
+            logits = model(part.images, tasks)
+        return task_losses(logits, part)
+
+    model.train()
+    start = time.perf_counter()
+    values = []
+    order = torch.randperm(len(pictures), generator=state.shuffle)
+    size = settings.batch_size
+    for rows in order[: iterations * processes.count * size].view(iterations, -1, size):
+        values.append(state.optimizer.step(losses, pictures[rows[processes.rank]].to(device)))
+        bar.update()
+    state.epoch += 1
+    row = {"epoch": state.epoch, **_mean_losses(values)}
+    state.seconds += time.perf_counter() - start
+    state.history.append(row)
+    return row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,17 +197,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     out = None
     try:
-        settings, out, resume = parse(arguments)
-        made = not out.exists()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{out}: cannot be made ({error.strerror}).") from error
-        try:
-            train(settings, out, resume)
-        finally:
-            if made and not any(out.iterdir()):
-                out.rmdir()
+        request = parse(arguments)
+        with start_processes(request.settings.torch_device()) as processes:
+            # One process chooses, or each would find another name free.
+            out = processes.gather(claim_folder(request) if processes.first else Path())[0]
+            try:
+                train(request.settings, out, request.resume, processes)
+            finally:
+                with suppress(OSError):
+                    out.rmdir()  # Where nothing was written.
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2

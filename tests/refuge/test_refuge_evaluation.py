@@ -1,6 +1,5 @@
 """What is measured of a split, against numbers worked by hand."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from data import Photographs, load_splits
 from diagnosis import RatioClassifier
-from evaluation import Evaluation, Predictions, diagnose, evaluate, measure, score
+from evaluation import Evaluation, Predictions, Trained, diagnose, evaluate, measure, score
 from records import Record
 from refuge.tiny_data import SIZE, entry, write_split
 from report import format_table, missing_ratios
@@ -22,6 +21,8 @@ METRICS = {
     "glaucoma_auc",
     "glaucoma_auc_fc",
     "glaucoma_auc_vcdr",
+    "glaucoma_sensitivity",
+    "glaucoma_specificity",
     "glaucoma_brier",
     "disc_dice",
     "cup_dice",
@@ -49,14 +50,7 @@ def load_test_split(folder: Path) -> Photographs:
 
 
 def judge(model: nn.Module, pictures: Photographs, tasks: Sequence[str]) -> Evaluation:
-    return evaluate(
-        model,
-        pictures,
-        tasks=tasks,
-        classifier=RatioClassifier(10, -5),
-        device=torch.device("cpu"),
-        autocast=contextlib.nullcontext,
-    )
+    return evaluate(Trained(model, tasks, RatioClassifier(10, -5)), pictures)
 
 
 def test_a_network_that_knows_the_masks_scores_full_marks(repacked: Path) -> None:
@@ -130,11 +124,12 @@ def test_the_diagnosis_is_the_average_of_both_classifiers(repacked: Path) -> Non
 def test_the_score_averages_what_was_measured() -> None:
     """Best weights are chosen by it: Dice, Dice, 1 - Brier, 1 - fovea error / side."""
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
-    assert score(metrics, 100) is None
+    assert score(metrics, 100, TASKS) is None
     metrics |= {"disc_dice": 0.9, "fovea_error": 10.0, "glaucoma_brier": 0.2}
-    assert score(metrics, 100) == pytest.approx((0.9 + 0.9 + 0.8) / 3, rel=1e-12)
+    assert score(metrics, 100, TASKS) == pytest.approx((0.9 + 0.9 + 0.8) / 3, rel=1e-12)
     metrics["cup_dice"] = 0.5
-    assert score(metrics, 100) == pytest.approx((0.9 + 0.9 + 0.8 + 0.5) / 4, rel=1e-12)
+    assert score(metrics, 100, TASKS) == pytest.approx((0.9 + 0.9 + 0.8 + 0.5) / 4, rel=1e-12)
+    assert score(metrics, 100, ("fovea",)) == pytest.approx(0.9, rel=1e-12)
 
 
 def test_unlabelled_pictures_count_in_no_metric(tmp_path: Path) -> None:

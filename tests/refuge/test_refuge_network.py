@@ -68,9 +68,10 @@ def test_the_decoder_narrows_as_published() -> None:
 
 
 def test_batch_norm_uses_the_picture_at_hand_in_evaluation_too() -> None:
-    """As published: no running statistics, so nothing but weights is in the state."""
+    """As published: no running statistics, so nothing but weights and normalisation is saved."""
     model = MultiTaskUNet(width=2)
-    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+    weights = {name for name, _ in model.named_parameters()}
+    assert set(model.state_dict()) == weights | {"mean", "std"}
     model.eval()
     images = torch.rand(2, 3, 32, 32)
     together, alone = model(images, ("disc",))["disc"][:1], model(images[:1], ("disc",))["disc"]

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import time
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 
 import train
 from errors import InputError
+from methods import build_network
 from network import TASKS
 from refuge.tiny_data import ENVIRONMENT, TRAIN_PY, Run, entry, write_split
-from settings import Settings, parse
+from runs import load_best, parts, save_best
+from settings import METHODS, Settings, claim_folder, parse
 
 TINY = ("--size", 32, "--width", 2, "--batch-size", 4)
 METRICS = {
@@ -48,13 +51,14 @@ def weights(out: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
     return loaded
 
 
-@pytest.mark.parametrize("method", ["independent", "alternating", "joint"])
+@pytest.mark.parametrize("method", [*METHODS, "torchjd:UPGrad"])
 def test_a_run_leaves_everything_in_its_folder(repacked: Path, tmp_path: Path, method: str) -> None:
     """Names and columns that the documentation promises, for every method."""
     out = tmp_path / "run"
     assert run_here("--data", repacked, "--method", method, "--epochs", 6, *TINY, "--out", out) == 0
     assert {file.name for file in out.iterdir()} == {
-        *("config.json", "metrics.json", "history.csv", "best.pt", "last.pt", "figures")
+        *("config.json", "metrics.json", "history.csv", "predictions-test.csv"),
+        *("best.pt", "last.pt", "figures"),
     }
     assert {file.name for file in (out / "figures").iterdir()} == {
         *("pictures.png", "overlays.png", "learning_curves.png", "roc.png")
@@ -74,16 +78,59 @@ def test_a_run_leaves_everything_in_its_folder(repacked: Path, tmp_path: Path, m
     assert [row["score"] != "" for row in rows] == [False] * 4 + [True] * 2
 
 
-def test_the_three_methods_are_three_updates(repacked: Path, tmp_path: Path) -> None:
+def test_the_methods_are_different_updates(repacked: Path, tmp_path: Path) -> None:
     """From one seed they start alike and must not end alike."""
     ends = []
-    for method in ("independent", "alternating", "joint"):
+    for method in (*METHODS[:-1], "torchjd:MGDA"):
         out = tmp_path / method
-        run_here("--data", repacked, "--method", method, "--epochs", 1, *TINY, "--out", out)
+        run_here("--data", repacked, "--method", method, "--epochs", 2, *TINY, "--out", out)
         ends.append(weights(out)["encoder.0.0.weight"])
-    assert not torch.equal(ends[0], ends[1])
-    assert not torch.equal(ends[0], ends[2])
-    assert not torch.equal(ends[1], ends[2])
+    for one, other in combinations(ends, 2):
+        assert not torch.equal(one, other)
+
+
+def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: Path) -> None:
+    """Each network and its Adam never hear of the others; each keeps its own best epoch."""
+    from data import load_splits
+    from losses import LOSSES
+    from network import SingleTaskNetworks
+
+    out = tmp_path / "run"
+    arguments = ("--data", repacked, "--method", "single", "--epochs", 2, *TINY, "--dropout", 0)
+    assert run_here(*arguments, "--out", out) == 0
+    pictures = load_splits(str(repacked), 32, seed=0)["train"]
+    torch.manual_seed(0)
+    networks = SingleTaskNetworks(width=2, dropout=0).networks
+    for task in TASKS:
+        network = networks[task]
+        adam = torch.optim.Adam(network.parameters(), lr=1e-3)
+        shuffle = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            order = torch.randperm(11, generator=shuffle)
+            for rows in (order[:4], order[4:8]):
+                batch = pictures[rows]
+                adam.zero_grad()
+                LOSSES[task](network(batch.images)[task], batch.targets[task]).backward()
+                adam.step()
+    for name, value in networks.state_dict().items():
+        assert torch.equal(weights(out)[f"networks.{name}"], value), name
+
+
+def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
+    """Of four networks one may be best early and another late; their weights are not mixed up."""
+    settings = Settings(method="single", width=2)
+    network = build_network(settings)
+    prefixes = list(parts(settings))
+    for epoch, improved in ((5, prefixes), (10, prefixes[1:2]), (15, prefixes[:1])):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.fill_(epoch)
+        save_best(tmp_path, network, epoch, improved, TASKS, None)
+    trained, epochs = load_best(tmp_path, network, settings)
+    assert epochs == dict(zip(prefixes, (15, 10, 5, 5), strict=True))
+    for prefix, epoch in epochs.items():
+        values = [p for name, p in trained.network.named_parameters() if name.startswith(prefix)]
+        assert all((value == epoch).all() for value in values)
 
 
 def test_training_equals_a_plain_loop(repacked: Path, tmp_path: Path) -> None:
@@ -261,6 +308,20 @@ def test_ctrl_c_before_anything_is_saved_says_so(
         (("--batch-size", "0"), "`--batch-size` must be at least 1, got 0."),
         (("--group-size", "5"), "`--group-size` must be between 1 and 4, got 5."),
         (("--seed", "-1"), "`--seed` must be between 0 and 2^63 - 1, got -1."),
+        (("--dropout", "1"), "`--dropout` must be at least 0 and less than 1, got 1.0."),
+        (
+            ("--method", "pcgrad2"),
+            "`--method` must be independent, alternating, joint, pcgrad, gradnorm, single or "
+            "torchjd:NAME, got pcgrad2.",
+        ),
+        (
+            ("--method", "single", "--group-size", "2"),
+            "`--group-size` must be 1 where each task has its own network, got 2.",
+        ),
+        (
+            ("--pretrained", "imagenet"),
+            "`--width` must be 64 as the pretrained encoders have, got 16.",
+        ),
         (("--resume",), "`--resume` needs `--out`, the folder of the run to go on with."),
     ],
 )
@@ -272,12 +333,12 @@ def test_a_bad_setting_is_one_line_with_its_rule(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--method", "pcgrad"), ("--epochs", "many"), ("--nonsense",), ("--ep", "3")]
+    "arguments", [("--norm", "layer"), ("--epochs", "many"), ("--nonsense",), ("--ep", "3")]
 )
 def test_what_no_flag_takes_is_one_line(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Methods and flags that do not exist yet among them."""
+    """Choices and flags that there are none of."""
     assert run_here(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("train.py: error: ")
@@ -303,7 +364,10 @@ def test_too_large_a_batch_is_refused(
     """The last incomplete batch is dropped, so there would be none."""
     out = tmp_path / "run"
     assert run_here("--data", repacked, "--batch-size", 12, "--out", out) == 2
-    assert "`--batch-size` must be at most 11 (the training pictures)" in capsys.readouterr().err
+    assert (
+        "`--batch-size` must be at most 11 (the training pictures of a process)"
+        in capsys.readouterr().err
+    )
     assert not out.exists()
 
 
@@ -320,12 +384,15 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path: Path) -> 
     """A resumed run keeps its settings, but for its length and its device."""
     (tmp_path / "config.json").write_text(json.dumps(vars(Settings(lr=0.5, epochs=3))))
     with pytest.raises(InputError, match="holds a run; give `--resume` to go on with it"):
-        parse(["--out", str(tmp_path)])
+        claim_folder(parse(["--out", str(tmp_path)]))
     again = ["--resume", "--out", str(tmp_path)]
     assert parse(again).settings == Settings(lr=0.5, epochs=3)
     assert parse([*again, "--epochs", "9"]).settings == Settings(lr=0.5, epochs=9)
     with pytest.raises(InputError, match=r"`--lr` must be 0\.5 as in .*config\.json, got 0\.1"):
         parse([*again, "--lr", "0.1"])
+    (tmp_path / "config.json").write_text(json.dumps(vars(Settings()) | {"epochs": "3"}))
+    with pytest.raises(InputError, match=r"config\.json: `epochs` must be like 14, got '3'"):
+        parse(again)
     with pytest.raises(InputError, match=r"config\.json: not readable"):
         parse(["--resume", "--out", str(tmp_path / "nowhere")])
 
@@ -347,10 +414,9 @@ def test_runs_without_a_name_get_folders_of_their_own(
 ) -> None:
     """A second run must not cost the first."""
     monkeypatch.chdir(tmp_path)
-    assert parse([]).out == Path("runs/phantom-independent")
-    Path("runs/phantom-independent").mkdir(parents=True)
-    assert parse([]).out == Path("runs/phantom-independent-2")
-    assert parse(["--method", "joint"]).out == Path("runs/phantom-joint")
+    assert claim_folder(parse([])) == Path("runs/phantom-independent")
+    assert claim_folder(parse([])) == Path("runs/phantom-independent-2")
+    assert claim_folder(parse(["--method", "joint"])) == Path("runs/phantom-joint")
 
 
 def test_the_published_configuration_is_reachable_and_stated() -> None:
@@ -359,7 +425,7 @@ def test_the_published_configuration_is_reachable_and_stated() -> None:
     settings = parse([*flags, "--out", "nowhere"]).settings
     assert settings == Settings(width=64, size=256, lr=1e-4, epochs=300)
     assert (settings.batch_size, settings.norm, settings.amp) == (8, "batch", "off")
-    assert (train.DROPOUT, train.VALIDATE_EVERY) == (0.8, 5)
+    assert (settings.dropout, train.VALIDATE_EVERY) == (0.8, 5)
 
 
 @pytest.mark.slow

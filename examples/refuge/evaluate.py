@@ -1,0 +1,60 @@
+"""Measures a run's best weights on any split, or on other photographs.
+
+Writes metrics-SPLIT.json and predictions-SPLIT.csv into the run folder, or into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoint import make_folder, write_json
+from data import load_splits
+from errors import InputError
+from evaluation import evaluate
+from report import format_table, write_predictions
+from runs import open_run
+from settings import Parser, complete
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        trained, settings = open_run(options.run, options.device)
+        if options.data:
+            settings = replace(settings, data=complete({"data": options.data})["data"])
+        out = options.out or options.run
+        make_folder(out)
+        cache = options.run.parent / ".cache"
+        photographs = load_splits(settings.data, settings.size, settings.seed, cache)[options.split]
+        evaluation = evaluate(trained, photographs)
+        facts = {"data": settings.data, "split": options.split, "photographs": len(photographs)}
+        write_predictions(out / f"predictions-{options.split}.csv", photographs, evaluation)
+        write_json(out / f"metrics-{options.split}.json", facts | evaluation.metrics)
+    except InputError as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.run}: {len(photographs)} {options.split} pictures of {settings.data}")
+    print(format_table(evaluation.metrics, settings.size))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    parser.set_defaults(split="test", data=None, out=None, device="auto")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), help="which photographs (default: test)"
+    )
+    parser.add_argument("--data", metavar="DIR", help="of which set (default: the run's own)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

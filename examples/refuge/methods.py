@@ -1,0 +1,117 @@
+"""What each `--method` stands for: a network, and an optimizer around Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import mtlopt
+from errors import InputError
+from network import TASKS, MultiTaskUNet, SingleTaskNetworks
+from pretrained import load_pretrained
+from settings import Settings
+
+Network = MultiTaskUNet | SingleTaskNetworks
+Objective = str | tuple[str, ...]
+
+
+def build_network(settings: Settings, pretrained: bool = True) -> Network:
+    """Makes the network, four of them for single-task learning, from the seed.
+
+    Args:
+        settings: Of the run.
+        pretrained: Whether to load the weights that `--pretrained` names.
+
+    Raises:
+        InputError: The pretrained weights cannot be had.
+    """
+    torch.manual_seed(settings.seed)
+    build = SingleTaskNetworks if settings.method == "single" else MultiTaskUNet
+    network = build(
+        width=settings.width,
+        encoder=settings.encoder,
+        norm=settings.norm,
+        dropout=settings.dropout,
+    )
+    if pretrained and settings.pretrained != "none":
+        for each in network.modules():
+            if isinstance(each, MultiTaskUNet):
+                load_pretrained(each, settings.pretrained, settings.encoder)
+    return network
+
+
+def draw_objectives(settings: Settings) -> Sequence[Objective]:
+    """Groups the tasks at random, once for the whole run."""
+    if settings.group_size == 1:
+        return TASKS
+    generator = torch.Generator().manual_seed(settings.seed)
+    return list(mtlopt.random_groups(TASKS, settings.group_size, generator=generator))
+
+
+def build_optimizer(
+    settings: Settings,
+    network: Network,
+    scaler: torch.amp.GradScaler | None,
+    group: dist.ProcessGroup | None = None,
+) -> mtlopt.MultiTaskOptimizer:
+    """Makes the optimizer that a method's name stands for.
+
+    Args:
+        settings: Of the run.
+        network: What it trains.
+        scaler: For float16.
+        group: The processes, where several train together; the sequential methods then want a
+            network that is wrapped in DistributedDataParallel.
+
+    Raises:
+        InputError: TorchJD lacks the aggregator, or is not installed.
+    """
+    method, objectives, lr = settings.method, draw_objectives(settings), settings.lr
+    parameters = list(network.parameters())
+    fused = True if parameters[0].is_cuda else None
+    if method in ("independent", "single"):
+        # Of four networks each task reaches its own: four Adams that have nothing in common.
+        return mtlopt.IndependentOptimizer(
+            torch.optim.Adam, parameters, objectives, lr=lr, fused=fused, scaler=scaler
+        )
+    adam = torch.optim.Adam(parameters, lr=lr, fused=fused)
+    if method == "alternating":
+        return mtlopt.AlternatingOptimizer(adam, objectives, scaler=scaler)
+    common: dict[str, Any] = {"scaler": scaler, "process_group": group}
+    if method == "joint":
+        return mtlopt.JointOptimizer(adam, objectives, **common)
+    if method == "pcgrad":
+        return mtlopt.PCGrad(adam, objectives, seed=settings.seed, **common)
+    if method == "gradnorm":
+        assert isinstance(network, MultiTaskUNet)
+        # The last layer that all four tasks share: glaucoma branches off after the encoder.
+        shared = network.encoder_convolutions()[-1].parameters()
+        return mtlopt.GradNorm(adam, objectives, shared=shared, **common)
+    aggregator = build_aggregator(method.removeprefix("torchjd:"))
+    return mtlopt.Aggregated(adam, objectives, aggregator, **common)
+
+
+def build_aggregator(name: str) -> nn.Module:
+    """Makes one of TorchJD's aggregators, as it is without arguments.
+
+    Raises:
+        InputError: There is none of this name, or it needs arguments, or TorchJD is missing.
+    """
+    try:
+        from torchjd import aggregation  # noqa: PLC0415  # optional
+    except ImportError as error:
+        raise InputError(
+            f"`--method torchjd:{name}` needs TorchJD: pip install 'mtlopt[torchjd]'."
+        ) from error
+    found = getattr(aggregation, name, None)
+    if not (isinstance(found, type) and issubclass(found, aggregation.Aggregator)):
+        raise InputError(f"`--method torchjd:NAME` must name an aggregator of TorchJD, got {name}.")
+    try:
+        aggregator: nn.Module = found()
+    except (TypeError, ImportError) as error:
+        raise InputError(f"`--method torchjd:{name}` cannot be made: {error}.") from error
+    return aggregator

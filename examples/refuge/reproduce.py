@@ -1,0 +1,160 @@
+"""Reproduces the paper's tables and figures; runs that exist are reused, stopped ones go on.
+
+reproduce.py table1    Table 1 and Figures 1, 4, 6: the methods, trained from scratch
+reproduce.py table2    Table 2: the encoder starts from ImageNet
+reproduce.py lr-sweep  Figures 2, 3: metrics and final loss against the learning rate
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from checkpoint import make_folder
+from data import load_splits
+from errors import InputError
+from runs import open_run
+from settings import RUNS, Parser, Settings, add_flags, complete, read_settings
+from study import (
+    FinishedRun,
+    choose_rates,
+    read_run,
+    write_rates,
+    write_runs,
+    write_table,
+)
+from study_figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
+from train import train
+
+METHODS = {
+    "table1": ("single", "independent", "gradnorm", "pcgrad"),
+    "table2": ("single", "independent"),
+    "lr-sweep": ("single", "independent", "gradnorm", "pcgrad"),
+}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of a sweep that was given none
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit code."""
+    try:
+        reproduce(_parser().parse_args(arguments))
+    except InputError as error:
+        print(f"reproduce.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("reproduce.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    """Trains what is missing, then writes tables and figures."""
+    given = vars(options)
+    what, out, seeds = given.pop("what"), given.pop("out"), given.pop("seeds")
+    methods = given.pop("methods") or METHODS[what]
+    rates = given.pop("lr", None) or (RATES if what == "lr-sweep" else (Settings().lr,))
+    if what == "table2":
+        given = {"pretrained": "imagenet", "width": 64} | given
+    if seeds < 1:
+        raise InputError(f"`--seeds` must be at least 1, got {seeds}.")
+    base = Settings(**complete(given))
+    source = "synthetic phantoms" if base.data == "phantom" else Path(base.data).name
+    title = f"{source}, {base.epochs} epochs, width {base.width}, {base.size} px"
+    if base.pretrained != "none":
+        title += f", encoder from {Path(base.pretrained).name}"
+
+    swept = []
+    if what == "lr-sweep" or len(rates) > 1:
+        plans = [replace(base, method=method, lr=lr) for method in methods for lr in rates]
+        swept = [finish(plan, out) for plan in plans]
+        write_rates(out / "lr-sweep.md", f"{title}, seed {base.seed}, test split", swept)
+        write_runs(out / "lr-sweep.csv", swept)
+        draw_by_rate(out, swept, title)
+        print((out / "lr-sweep.md").read_text(encoding="utf-8"))
+    if what == "lr-sweep":
+        return
+
+    chosen = choose_rates(swept) if swept else dict.fromkeys(methods, rates[0])
+    runs = [
+        finish(replace(base, method=method, lr=lr, seed=base.seed + seed), out)
+        for method, lr in chosen.items()
+        for seed in range(seeds)
+    ]
+    write_table(out / f"{what}.md", what, f"Test split of {title}.", runs)
+    write_runs(out / f"{what}.csv", runs)
+    draw_figures(out, runs, title)
+    print((out / f"{what}.md").read_text(encoding="utf-8"))
+
+
+def finish(settings: Settings, out: Path) -> FinishedRun:
+    """Trains a run unless its folder shows that it has been, or goes on where it stopped.
+
+    Raises:
+        InputError: The folder holds a run of other settings.
+    """
+    settings.check()
+    pretrained = "" if settings.pretrained == "none" else "-pretrained"
+    method = settings.method.replace(":", "-")
+    folder = out / "runs" / f"{method}{pretrained}-lr{settings.lr:g}-seed{settings.seed}"
+    if (folder / "config.json").exists():
+        found = asdict(replace(read_settings(folder), device=settings.device))
+        for name, value in asdict(settings).items():
+            if found[name] != value:
+                raise InputError(
+                    f"{folder}: holds a run of `{name}` {found[name]}, not {value}; take another "
+                    "`--out`."
+                )
+    if not (folder / "metrics.json").exists():
+        print(folder, flush=True)
+        make_folder(folder)
+        train(settings, folder, resume=True)
+    return read_run(settings, folder)
+
+
+def draw_figures(out: Path, runs: Sequence[FinishedRun], title: str) -> None:
+    """Draws Figures 1, 4 and 6 from the first seed's runs."""
+    first = {run.settings.method: run for run in reversed(runs)}
+    draw_roc_curves(out / "figure1_roc.png", list(first.values())[::-1], title)
+    settings = runs[0].settings
+    test = load_splits(settings.data, settings.size, settings.seed, out / "runs" / ".cache")["test"]
+    shown = [run for method in ("independent", "single") if (run := first.get(method))]
+    trained = {
+        run.settings.method: open_run(run.folder, run.settings.device)[0]
+        for run in shown or runs[:1]
+    }
+    draw_comparison(out / "figure4_predictions.png", test, trained, title)
+    draw_saliency(out / "figure6_saliency.png", test, next(iter(trained.values())), title)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="reproduce.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def methods(text: str) -> list[str]:
+        return text.split(",")
+
+    parser.add_argument("what", choices=tuple(METHODS))
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each (3)")
+    parser.add_argument(
+        "--methods", type=methods, default=(), metavar="A,B", help="others than the paper's"
+    )
+    parser.add_argument(
+        *("--lr", "-l"),
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="learning rate; of several, each method gets the one that validates best",
+    )
+    parser.add_argument("--out", type=Path, default=RUNS / "study", metavar="DIR")
+    add_flags(parser, without=("method", "lr"))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The network that a run folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import load_checkpoint, save_checkpoint
+from diagnosis import RatioClassifier
+from errors import InputError
+from evaluation import Trained
+from methods import Network, build_network
+from network import TASKS
+from settings import Settings, read_settings
+
+PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BEST = "best.pt"
+
+
+def autocast(settings: Settings) -> AbstractContextManager[object]:
+    """Makes the context of a forward pass."""
+    device, dtype = settings.torch_device().type, PRECISIONS[settings.amp]
+    return torch.autocast(device, dtype, enabled=settings.amp != "off")
+
+
+def parts(settings: Settings) -> dict[str, tuple[str, ...]]:
+    """Lists what validation chooses an epoch for: all in one, or each task's own network.
+
+    Returns:
+        The tasks of each part, by how the names of its weights begin.
+    """
+    if settings.method == "single":
+        return {f"networks.{task}.": (task,) for task in TASKS}
+    return {"": TASKS}
+
+
+def save_best(
+    folder: Path,
+    network: Network,
+    epoch: int,
+    improved: Sequence[str],
+    tasks: Sequence[str],
+    classifier: RatioClassifier | None,
+) -> None:
+    """Keeps the weights of the parts that validated best so far; those of the others stay.
+
+    Args:
+        folder: The run folder.
+        network: With the weights of this epoch.
+        epoch: Its number.
+        improved: The parts.
+        tasks: What the network learns.
+        classifier: The classifier on vCDR.
+    """
+    file = folder / BEST
+    before: Mapping[str, Any] = {"model": {}, "epochs": {}}
+    if file.exists() and "" not in improved:
+        before = load_checkpoint(file)
+    own = {k: v for k, v in network.state_dict().items() if k.startswith(tuple(improved))}
+    save_checkpoint(
+        file,
+        {
+            "model": before["model"] | own,
+            "epochs": before["epochs"] | dict.fromkeys(improved, epoch),
+            "tasks": tuple(tasks),
+            "classifier": classifier and tuple(classifier),
+        },
+    )
+
+
+def load_best(folder: Path, network: Network, settings: Settings) -> tuple[Trained, dict[str, int]]:
+    """Gives a network its best weights; says of which epochs they are.
+
+    Raises:
+        InputError: There are none, or not for this network.
+    """
+    file = folder / BEST
+    state = load_checkpoint(file)
+    try:
+        network.load_state_dict(state["model"])
+        classifier = state["classifier"] and RatioClassifier(*state["classifier"])
+        device = settings.torch_device()
+        trained = Trained(network, state["tasks"], classifier, partial(autocast, settings), device)
+        epochs: dict[str, int] = state["epochs"]
+    except (LookupError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{file}: not the weights of this run ({reason}).") from error
+    return trained, epochs
+
+
+def open_run(folder: Path, device: str = "auto") -> tuple[Trained, Settings]:
+    """Builds the network of a run folder, with its best weights.
+
+    Args:
+        folder: Written by `train.py`.
+        device: Where the network shall be.
+
+    Raises:
+        InputError: The folder holds no run, or none that has validated yet.
+    """
+    settings = replace(read_settings(folder), device=device)
+    settings.check()
+    if not (folder / BEST).exists():
+        raise InputError(f"{folder}: has no {BEST} yet; the run must validate once.")
+    network = build_network(settings, pretrained=False).to(settings.torch_device())
+    return load_best(folder, network, settings)[0], settings
