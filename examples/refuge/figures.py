@@ -69,7 +69,7 @@ def draw_learning_curves(file: Path, history: History, source: str) -> None:
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
     for column in history[0]:
-        rows = [(row["epoch"], row[column]) for row in history if row[column] is not None]
+        rows = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
         if column.startswith("loss_") and rows:
             top.plot(*zip(*rows, strict=True), label=column.removeprefix("loss_"))
         elif column in ("val_disc_dice", "val_cup_dice", "val_glaucoma_auc", "score") and rows:

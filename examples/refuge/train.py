@@ -151,7 +151,7 @@ def wrap(settings: Settings, network: nn.Module, processes: Processes) -> nn.Mod
     """
     if processes.count == 1 or settings.method not in ("independent", "alternating", "single"):
         return network
-    return DistributedDataParallel(network, find_unused_parameters=True, broadcast_buffers=False)
+    return DistributedDataParallel(network, find_unused_parameters=True)
 
 
 def run_epoch(

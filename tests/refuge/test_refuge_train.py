@@ -2,8 +2,12 @@
 
 import csv
 import json
+import os
+import re
 import signal
+import socket
 import subprocess
+import sys
 import time
 from itertools import combinations
 from pathlib import Path
@@ -234,23 +238,48 @@ def assert_same_end(first: Path, second: Path) -> None:
             assert torch.equal(value, other[key]), (name, key)
 
 
+KILLED = """
+import os, random, signal, sys, time
+import train  # Imported once: each life is a fork, which starts at once.
+
+arguments, out, kills = sys.argv[1:-2], sys.argv[-2], int(sys.argv[-1])
+random.seed(0)
+for life in range(kills + 1):
+    if (child := os.fork()) == 0:
+        again = ["--resume"] if os.path.exists(f"{out}/config.json") else arguments
+        os._exit(train.main([*again, "--out", out]))
+    if life < kills:
+        time.sleep(random.uniform(0.2, 1.2))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(train_py: Run, repacked: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "kills"), [("independent", 20), ("gradnorm", 4)])
+def test_a_run_killed_again_and_again_ends_with_the_same_weights(
+    train_py: Run, repacked: Path, tmp_path: Path, method: str, kills: int
+) -> None:
     """SIGKILL leaves no time to tidy up: what is on disk must do, whenever it comes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    arguments = ("--data", repacked, "--epochs", 40, *TINY)
+    flags = ("--data", repacked, "--epochs", 7 * kills, *TINY, "--method", method)
+    arguments = [*map(str, flags)]
     assert train_py(*arguments, "--out", whole).returncode == 0
-    command = [*TRAIN_PY, *map(str, arguments), "--out", str(killed)]
-    with subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        wait_for(killed / "last.pt")
-        process.send_signal(signal.SIGKILL)
-    state = torch.load(killed / "last.pt", weights_only=True)
-    assert 0 < state["epoch"] < 40
-    resumed = train_py("--resume", "--out", killed)
-    assert resumed.returncode == 0, resumed.stderr
+    command = [sys.executable, "-c", KILLED, *arguments, str(killed), str(kills)]
+    folders = (ENVIRONMENT["PYTHONPATH"], str(Path(train.__file__).parent))
+    done = subprocess.run(
+        command,
+        env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    codes = [line for line in done.stdout.splitlines() if line.lstrip("-").isdecimal()]
+    assert codes == ["-9"] * kills + ["0"], done.stderr
     assert_same_end(whole, killed)
+    assert not list(killed.rglob("*.part"))
 
 
 def wait_for(file: Path, seconds: float = 120) -> None:
@@ -407,6 +436,66 @@ def test_a_checkpoint_of_another_network_is_refused(
     assert (
         f"train.py: error: {out}/last.pt: not a checkpoint of this run" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("name", ["last.pt", "history.csv", "best.pt"])
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
+    repacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The draft leads to a device that is always full."""
+    out = tmp_path / "run"
+    assert run_here("--data", repacked, "--epochs", 1, *TINY, "--out", out) == 0
+    before = {file: (out / file).read_bytes() for file in ("last.pt", "best.pt", "history.csv")}
+    (out / f"{name}.part").symlink_to("/dev/full")
+    capsys.readouterr()
+    assert run_here("--resume", "--out", out, "--epochs", 5) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"train.py: error: {out / name}: cannot be written (No space left on device)."
+    assert (out / name).read_bytes() == before[name]
+    assert not (out / f"{name}.part").is_symlink()
+    assert run_here("--resume", "--out", out, "--epochs", 5) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["independent", "pcgrad", "gradnorm"])
+def test_two_processes_are_one_with_the_doubled_batch(
+    train_py: Run, repacked: Path, tmp_path: Path, method: str
+) -> None:
+    """Started by torchrun, with a norm that knows no batch, and without dropout.
+
+    In single precision the order of a sum shows. A convolution's bias has no effect and no
+    gradient but rounding before a norm of each channel; Adam makes steps of that.
+    """
+    common = ("--data", repacked, "--size", 32, "--width", 2, "--method", method, "--epochs", 2)
+    plain = ("--norm", "group", "--dropout", 0)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train_py(*common, *plain, "--batch-size", 4, "--out", one).returncode == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--master-port", str(free_port()), TRAIN_PY[1], "--batch-size", "2"]
+    done = subprocess.run(
+        [*torchrun, *map(str, common + plain), "--out", str(two)],
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2 of 2") == 1
+    for name, value in weights(one).items():
+        if not re.search(r"coder\.\d\.\d\.bias", name) or name.split(".")[2] in "14":
+            torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=2e-5)
+    first, second = (read(out / "metrics.json") for out in (one, two))
+    for key in METRICS - {"seconds_per_iteration"}:
+        assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-3), key
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("localhost", 0))
+        port = bound.getsockname()[1]
+        assert isinstance(port, int)
+        return port
 
 
 def test_runs_without_a_name_get_folders_of_their_own(
