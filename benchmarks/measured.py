@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("torchjd", "pytorch_optimizer", "gradnorm-pytorch")
+PEERS = ("torchvision", "torchjd", "pytorch_optimizer", "gradnorm-pytorch")
 
 Case = Callable[[], Callable[[], object]]
 """Makes fresh inputs and returns what is to be timed on them."""

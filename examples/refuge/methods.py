@@ -57,6 +57,7 @@ def build_optimizer(
     network: Network,
     scaler: torch.amp.GradScaler | None,
     group: dist.ProcessGroup | None = None,
+    fused: bool = False,
 ) -> mtlopt.MultiTaskOptimizer:
     """Makes the optimizer that a method's name stands for.
 
@@ -66,19 +67,19 @@ def build_optimizer(
         scaler: For float16.
         group: The processes, where several train together; the sequential methods then want a
             network that is wrapped in DistributedDataParallel.
+        fused: Whether Adam is one kernel.
 
     Raises:
         InputError: TorchJD lacks the aggregator, or is not installed.
     """
     method, objectives, lr = settings.method, draw_objectives(settings), settings.lr
     parameters = list(network.parameters())
-    fused = True if parameters[0].is_cuda else None
     if method in ("independent", "single"):
         # Of four networks each task reaches its own: four Adams that have nothing in common.
         return mtlopt.IndependentOptimizer(
-            torch.optim.Adam, parameters, objectives, lr=lr, fused=fused, scaler=scaler
+            torch.optim.Adam, parameters, objectives, lr=lr, fused=fused or None, scaler=scaler
         )
-    adam = torch.optim.Adam(parameters, lr=lr, fused=fused)
+    adam = torch.optim.Adam(parameters, lr=lr, fused=fused or None)
     if method == "alternating":
         return mtlopt.AlternatingOptimizer(adam, objectives, scaler=scaler)
     common: dict[str, Any] = {"scaler": scaler, "process_group": group}

@@ -14,7 +14,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -56,7 +56,8 @@ def build_state(settings: Settings, processes: Processes, file: Path | None) -> 
     if settings.compile:
         network.compile()
     scaler = torch.amp.GradScaler(device.type) if settings.amp == "fp16" else None
-    optimizer = build_optimizer(settings, network, scaler, processes.group)
+    fused = device.type == "cuda"
+    optimizer = build_optimizer(settings, network, scaler, processes.group, fused)
     if not processes.first:
         torch.manual_seed(settings.seed + processes.rank)  # Dropout of its own.
     shuffle = torch.Generator().manual_seed(settings.seed)
@@ -154,17 +155,10 @@ def wrap(settings: Settings, network: nn.Module, processes: Processes) -> nn.Mod
     return DistributedDataParallel(network, find_unused_parameters=True)
 
 
-def run_epoch(
-    settings: Settings,
-    state: TrainingState,
-    model: nn.Module,
-    pictures: Photographs,
-    iterations: int,
-    processes: Processes,
-    bar: tqdm[Any],
-) -> dict[str, Any]:
-    """Passes once over the training pictures; returns the row of the history."""
-    device = settings.torch_device()
+def make_losses(
+    settings: Settings, model: nn.Module, processes: Processes = ALONE
+) -> Callable[[Sequence[str], Batch], Mapping[str, tuple[Tensor, int]]]:
+    """Makes what the optimizer asks for the losses of tasks on a batch."""
 
     def losses(tasks: Sequence[str], batch: Batch) -> Mapping[str, tuple[Tensor, int]]:
         # Batch norm must see the pictures that the losses are of: others shift its statistics.
@@ -177,6 +171,21 @@ def run_epoch(
             logits = model(part.images, tasks)
         return task_losses(logits, part)
 
+    return losses
+
+
+def run_epoch(
+    settings: Settings,
+    state: TrainingState,
+    model: nn.Module,
+    pictures: Photographs,
+    iterations: int,
+    processes: Processes,
+    bar: tqdm[Any],
+) -> dict[str, Any]:
+    """Passes once over the training pictures; returns the row of the history."""
+    device = settings.torch_device()
+    losses = make_losses(settings, model, processes)
     model.train()
     start = time.perf_counter()
     values = []

@@ -484,9 +484,12 @@ def test_two_processes_are_one_with_the_doubled_batch(
     assert done.stdout.count("epoch 2 of 2") == 1
     for name, value in weights(one).items():
         if not re.search(r"coder\.\d\.\d\.bias", name) or name.split(".")[2] in "14":
-            torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=2e-5)
+            torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=1e-4)
     first, second = (read(out / "metrics.json") for out in (one, two))
     for key in METRICS - {"seconds_per_iteration"}:
+        if first[key] is None:
+            assert second[key] is None
+            continue
         assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-3), key
 
 
