@@ -59,14 +59,8 @@ def file_record(
         label: As in `Record`.
         fovea: As in `Record`.
         size: Width and height that an index states; the photograph must agree.
-
-    Raises:
-        InputError: A file is missing.
     """
     files = (picture,) if mask is None else (picture, mask)
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file}: no such file.")
     read = partial(_read, picture, mask, fovea, size)
     return Record(picture.name, annotated, label, fovea, read, files)
 
