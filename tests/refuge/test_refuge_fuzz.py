@@ -27,6 +27,11 @@ VALUES: tuple[Any, ...] = (
     *("", " ", "0", "1", "12.5", "left", "1,5", "\ud800.jpg", "../a00.jpg", "a01.jpg", "A00.JPG"),
     *("V0001.jpg", "v0002.JPG", "T0002", [], ["disc"], {}, [[]]),
 )
+TABLES = {
+    "train": ("Annotation-Training400", "Fovea_location.xlsx", None),
+    "val": ("REFUGE-Validation400-GT", "Fovea_locations.xlsx", "Glaucoma Label"),
+    "test": ("REFUGE-Test-GT", "Glaucoma_label_and_Fovea_location.xlsx", "Label(Glaucoma=1)"),
+}
 Random = np.random.Generator
 Answer = tuple[str, float, float, float]
 
@@ -83,10 +88,31 @@ def delete(rng: Random, folder: Path) -> None:
     pick(rng, folder).unlink()
 
 
+def elsewhere(rng: Random, folder: Path, file: Path) -> Path:
+    """Draws a folder of files of the same kind: the other label's, or the other split's."""
+    alike = {f.parent for f in files_in(folder) if f.suffix == file.suffix}
+    others = sorted(alike - {file.parent}) or [folder]
+    return others[rng.integers(len(others))]
+
+
 def duplicate(rng: Random, folder: Path) -> None:
+    file = pick(rng, folder, ".jpg", ".bmp")
+    shutil.copy(file, elsewhere(rng, folder, file) / file.name)
+
+
+def duplicate_wrongly(rng: Random, folder: Path) -> None:
+    """As an older version of the same picture, mask or table would lie around."""
     file = pick(rng, folder)
-    others = sorted({other.parent for other in files_in(folder)} - {file.parent})
-    shutil.copy(file, others[rng.integers(len(others))] / file.name)
+    content = pick(rng, folder, file.suffix).read_bytes()
+    target = elsewhere(rng, folder, file) / file.name
+    if rng.random() < 0.5:
+        target = file.with_suffix([".png", ".PNG", file.suffix.swapcase()][rng.integers(3)])
+    target.write_bytes(content)
+
+
+def move(rng: Random, folder: Path) -> None:
+    file = pick(rng, folder, ".jpg", ".bmp")
+    file.rename(elsewhere(rng, folder, file) / file.name)
 
 
 def change_case(rng: Random, folder: Path) -> None:
@@ -143,8 +169,30 @@ def change_value(rng: Random, folder: Path) -> None:
             file.write_bytes(content.getvalue())
 
 
+def repeat(rng: Random, folder: Path) -> None:
+    """Adds an entry or a row that says of the same picture something else."""
+    file = pick(rng, folder, ".json", ".xlsx")
+    with suppress(Exception):  # as above
+        if file.suffix == ".json":
+            index = json.loads(file.read_text())
+            key = list(index)[rng.integers(len(index))]
+            other = json.dumps(index[key] | {"Label": 1 - index[key]["Label"]})
+            key = key if rng.random() < 0.5 else "new"
+            file.write_text(file.read_text()[:-1] + f', "{key}": {other}}}')
+        else:
+            book = openpyxl.load_workbook(file)
+            rows = list(book.active.values)
+            row = list(rows[rng.integers(1, len(rows))])
+            row[rng.integers(2, len(row))] = int(rng.integers(2))
+            book.active.append(row)
+            content = io.BytesIO()
+            book.save(content)
+            file.write_bytes(content.getvalue())
+
+
 DAMAGES: tuple[Callable[[Random, Path], None], ...] = (
-    *(flip_bytes, change_digit, truncate, empty, delete, duplicate, change_case, swap),
+    *(flip_bytes, change_digit, truncate, empty, delete, change_case, swap),
+    *(duplicate, duplicate, duplicate_wrongly, duplicate_wrongly, move, move, repeat, repeat),
     *(change_type, randomize, append, make_folder, change_value, change_value, change_value),
 )
 
@@ -163,6 +211,7 @@ def read_index(file: Path) -> list[Answer]:
     answers = []
     for entry in entries:
         known = entry.get("Annotations", ["glaucoma", "fovea"])
+        assert not isinstance(entry["Label"], bool)
         label = float(entry["Label"]) if "glaucoma" in known else -1.0
         points = [single(entry[f"Fovea_{a}"]) if "fovea" in known else nan for a in "XY"]
         answers.append((Path(entry["ImgName"]).stem.lower(), label, points[0], points[1]))
@@ -171,8 +220,8 @@ def read_index(file: Path) -> list[Answer]:
 
 def read_table(folder: Path, name: str, label: str | None) -> list[Answer]:
     """Reads a table cell by cell; in the training pictures' names g is for glaucoma."""
-    (file, *_) = (f for f in files_in(folder) if f.name.lower() == name.lower())
-    sheet = openpyxl.load_workbook(io.BytesIO(file.read_bytes())).active
+    (content,) = {f.read_bytes() for f in files_in(folder) if f.name.lower() == name.lower()}
+    sheet = openpyxl.load_workbook(io.BytesIO(content)).active
     columns = {str(cell.value).strip(): cell.column for cell in sheet[1]}
     answers = []
     for row in range(2, sheet.max_row + 1):
@@ -180,6 +229,7 @@ def read_table(folder: Path, name: str, label: str | None) -> list[Answer]:
         if values["ImgName"] is not None:
             stem = Path(values["ImgName"]).stem.lower()
             truth = float(values[label] if label else stem.startswith("g"))
+            assert not isinstance(values.get(label or ""), bool)
             answers.append((stem, truth, single(values["Fovea_X"]), single(values["Fovea_Y"])))
     return sorted(set(answers))
 
@@ -188,9 +238,8 @@ def read_truth(folder: Path) -> dict[str, list[Answer]]:
     if folder.name == "repacked":
         return {split: read_index(folder / split / "index.json") for split in ("train", "test")}
     return {
-        "train": read_table(folder, "Fovea_location.xlsx", None),
-        "val": read_table(folder, "Fovea_locations.xlsx", "Glaucoma Label"),
-        "test": read_table(folder, "Glaucoma_label_and_Fovea_location.xlsx", "Label(Glaucoma=1)"),
+        split: read_table(folder / place, name, label)
+        for split, (place, name, label) in TABLES.items()
     }
 
 
@@ -201,13 +250,13 @@ def given(pictures: Photographs) -> list[Answer]:
 
 
 def check_masks(folder: Path, pictures: Photographs, known: dict[bytes, NDArray[Any]]) -> None:
-    """Compares masks with every file of that name, where those are sound ones."""
+    """Compares masks with every file of that name in a folder, where those are sound ones."""
     for row, name in enumerate(pictures.names):
-        files = [f for f in files_in(folder) if f.suffix.lower() == ".bmp"]
-        named = [f.read_bytes() for f in files if f.stem.lower() == Path(name).stem.lower()]
-        if pictures.known["disc"][row] and all(content in known for content in named):
-            for content in named:
-                assert np.array_equal(pictures.masks[row].numpy(), known[content]), name
+        named = [f for f in files_in(folder) if f.stem.lower() == Path(name).stem.lower()]
+        contents = {file.read_bytes() for file in named}
+        if pictures.known["disc"][row] and contents <= known.keys():
+            (content,) = contents
+            assert np.array_equal(pictures.masks[row].numpy(), known[content]), name
 
 
 def read_or_refuse(folder: Path) -> dict[str, Photographs] | str:
@@ -240,5 +289,5 @@ def test_a_damaged_set_is_read_right_or_refused_by_a_line(
     for split, truth in read_truth(folder).items():
         np.testing.assert_equal(sorted(answers[split]), sorted(truth))
     for split, pictures in splits.items():
-        place = {"val": "train"}.get(split, split) if form == "repacked" else ""
+        place = f"{split.replace('val', 'train')}/seg" if form == "repacked" else TABLES[split][0]
         check_masks(folder / place, pictures, known)
