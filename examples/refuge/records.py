@@ -127,6 +127,8 @@ def _read(
 
 def _read_picture(file: Path) -> Image.Image:
     image = _decode(file)
+    if image.mode == "L":
+        return image.convert("RGB")
     if image.mode == "RGBA":  # black, as around the field of view
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
     if image.mode != "RGB":
@@ -152,7 +154,7 @@ def _read_mask(file: Path) -> Image.Image:
 
 
 def _decode(file: Path) -> Image.Image:
-    """Gives RGB, RGBA where there is transparency, more than 8 bits a channel as they are."""
+    """Gives RGB, or RGBA where pixels are transparent; 8-bit greys and deep pixels as they are."""
     try:
         with Image.open(file) as image:
             # Annotations are taken to be made on the picture as viewers show it. Sizes tell
@@ -160,7 +162,9 @@ def _decode(file: Path) -> Image.Image:
             shown = ImageOps.exif_transpose(image)
         if shown.mode.startswith(("I", "F")):  # `convert` would clip them
             return shown
-        return shown.convert("RGBA" if shown.has_transparency_data else "RGB")
+        if shown.has_transparency_data:
+            return shown.convert("RGBA")
+        return shown if shown.mode == "L" else shown.convert("RGB")
     # Pillow's decoders raise nearly anything for a damaged file.
     except Exception as error:
         raise InputError(f"{file}: not a readable picture ({error}).") from error

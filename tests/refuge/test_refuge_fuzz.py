@@ -38,9 +38,19 @@ Answer = tuple[str, float, float, float]
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sound sets, in which no two masks and no two points are the same."""
     folder = tmp_path_factory.mktemp("sound")
     write_repacked(folder / "repacked")
     write_released(folder / "released")
+    for shift, file in enumerate(sorted(folder.rglob("*.bmp"))):
+        with Image.open(file) as mask:
+            values = np.roll(np.asarray(mask), shift, axis=1)
+        Image.fromarray(values).save(file)
+    for file in folder.rglob("index.json"):
+        index = json.loads(file.read_text())
+        for shift, entry in enumerate(index.values()):
+            entry["Fovea_X"] += shift / 2
+        file.write_text(json.dumps(index))
     return folder
 
 
@@ -102,7 +112,7 @@ def duplicate(rng: Random, folder: Path) -> None:
 
 def duplicate_wrongly(rng: Random, folder: Path) -> None:
     """As an older version of the same picture, mask or table would lie around."""
-    file = pick(rng, folder)
+    file = pick(rng, folder, ".jpg", ".bmp", ".xlsx")
     content = pick(rng, folder, file.suffix).read_bytes()
     target = elsewhere(rng, folder, file) / file.name
     if rng.random() < 0.5:
@@ -251,8 +261,10 @@ def given(pictures: Photographs) -> list[Answer]:
 
 def check_masks(folder: Path, pictures: Photographs, known: dict[bytes, NDArray[Any]]) -> None:
     """Compares masks with every file of that name in a folder, where those are sound ones."""
+    # REFUGE's own masks are BMP files; the re-packed form leaves the ending open.
+    files = [f for f in files_in(folder) if folder.name == "seg" or f.suffix.lower() == ".bmp"]
     for row, name in enumerate(pictures.names):
-        named = [f for f in files_in(folder) if f.stem.lower() == Path(name).stem.lower()]
+        named = [f for f in files if f.stem.lower() == Path(name).stem.lower()]
         contents = {file.read_bytes() for file in named}
         if pictures.known["disc"][row] and contents <= known.keys():
             (content,) = contents
