@@ -111,13 +111,10 @@ def duplicate(rng: Random, folder: Path) -> None:
 
 
 def duplicate_wrongly(rng: Random, folder: Path) -> None:
-    """As an older version of the same picture, mask or table would lie around."""
-    file = pick(rng, folder, ".jpg", ".bmp", ".xlsx")
+    """As an older version of a mask or a table would lie beside it."""
+    file = pick(rng, folder, ".bmp", ".xlsx")
     content = pick(rng, folder, file.suffix).read_bytes()
-    target = elsewhere(rng, folder, file) / file.name
-    if rng.random() < 0.5:
-        target = file.with_suffix([".png", ".PNG", file.suffix.swapcase()][rng.integers(3)])
-    target.write_bytes(content)
+    file.with_suffix(file.suffix.swapcase()).write_bytes(content)
 
 
 def move(rng: Random, folder: Path) -> None:
