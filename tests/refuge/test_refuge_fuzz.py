@@ -87,11 +87,7 @@ def change_digit(rng: Random, folder: Path) -> None:
 def truncate(rng: Random, folder: Path) -> None:
     file = pick(rng, folder)
     content = file.read_bytes()
-    file.write_bytes(content[: rng.integers(len(content) + 1)])
-
-
-def empty(rng: Random, folder: Path) -> None:
-    pick(rng, folder).write_bytes(b"")
+    file.write_bytes(content[: rng.choice([0, rng.integers(len(content) + 1)])])
 
 
 def delete(rng: Random, folder: Path) -> None:
@@ -157,6 +153,12 @@ def make_folder(rng: Random, folder: Path) -> None:
     file.mkdir()
 
 
+def save_book(book: openpyxl.Workbook, file: Path) -> None:
+    content = io.BytesIO()
+    book.save(content)  # may fail, and then leaves the file as it is
+    file.write_bytes(content.getvalue())
+
+
 def change_value(rng: Random, folder: Path) -> None:
     """Writes some value into an entry of an index, or into a cell of a table."""
     file = pick(rng, folder, ".json", ".xlsx")
@@ -171,9 +173,7 @@ def change_value(rng: Random, folder: Path) -> None:
         else:
             book = openpyxl.load_workbook(file)
             book.active.cell(int(rng.integers(1, 5)), int(rng.integers(1, 7))).value = value
-            content = io.BytesIO()
-            book.save(content)
-            file.write_bytes(content.getvalue())
+            save_book(book, file)
 
 
 def repeat(rng: Random, folder: Path) -> None:
@@ -192,13 +192,11 @@ def repeat(rng: Random, folder: Path) -> None:
             row = list(rows[rng.integers(1, len(rows))])
             row[rng.integers(2, len(row))] = int(rng.integers(2))
             book.active.append(row)
-            content = io.BytesIO()
-            book.save(content)
-            file.write_bytes(content.getvalue())
+            save_book(book, file)
 
 
 DAMAGES: tuple[Callable[[Random, Path], None], ...] = (
-    *(flip_bytes, change_digit, truncate, empty, delete, change_case, swap),
+    *(flip_bytes, change_digit, truncate, delete, change_case, swap),
     *(duplicate, duplicate, duplicate_wrongly, duplicate_wrongly, move, move, repeat, repeat),
     *(change_type, randomize, append, make_folder, change_value, change_value, change_value),
 )
