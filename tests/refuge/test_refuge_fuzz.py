@@ -87,7 +87,7 @@ def change_digit(rng: Random, folder: Path) -> None:
 def truncate(rng: Random, folder: Path) -> None:
     file = pick(rng, folder)
     content = file.read_bytes()
-    file.write_bytes(content[: rng.choice([0, rng.integers(len(content) + 1)])])
+    file.write_bytes(content[: rng.integers(2) * rng.integers(len(content) + 1)])
 
 
 def delete(rng: Random, folder: Path) -> None:
@@ -203,8 +203,7 @@ DAMAGES: tuple[Callable[[Random, Path], None], ...] = (
 
 
 def single(value: Any) -> float:
-    """Rounds as the tensors of points do."""
-    return float(np.float32(value))
+    return float(np.float32(value))  # as points are kept
 
 
 def read_index(file: Path) -> list[Answer]:
@@ -296,5 +295,5 @@ def test_a_damaged_set_is_read_right_or_refused_by_a_line(
     for split, truth in read_truth(folder).items():
         np.testing.assert_equal(sorted(answers[split]), sorted(truth))
     for split, pictures in splits.items():
-        place = f"{split.replace('val', 'train')}/seg" if form == "repacked" else TABLES[split][0]
-        check_masks(folder / place, pictures, known)
+        part = f"{split.replace('val', 'train')}/seg" if form == "repacked" else TABLES[split][0]
+        check_masks(folder / part, pictures, known)
