@@ -146,22 +146,16 @@ def load_splits(
         InputError: The folder is no data set, or a file in it cannot be used.
     """
     folder = Path(data)
-    if data == "phantom":
-        splits = phantom_records(size)
-    elif not folder.is_dir():
-        raise InputError(f"{folder}: `--data` must be a folder or the word phantom.")
-    elif is_repacked(folder):
-        splits = repacked_records(folder)
-    elif is_released(folder):
-        splits = released_records(folder)
-    else:
-        raise InputError(
-            f"{folder}: no data set; expected train/index.json or Training400 in this folder."
-        )
+    try:
+        splits = phantom_records(size) if data == "phantom" else _find_records(folder)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}).") from error
     for split in ("train", "test"):
         if not splits.get(split):
             raise InputError(f"{folder}: has no pictures for the {split} split.")
     if not splits.get("val"):
+        if len(splits["train"]) == 1:
+            raise InputError(f"{folder}: has one training picture; validation needs another one.")
         splits |= _hold_out(splits["train"], seed)
     decoded = {}
     for split in ("train", "val", "test"):
@@ -170,6 +164,18 @@ def load_splits(
             file = cache / f"{folder.resolve().name}-{split}-{size}.pt"
         decoded[split] = Photographs(splits[split], size, f"reading {split}", file)
     return decoded
+
+
+def _find_records(folder: Path) -> dict[str, list[Record]]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: `--data` must be a folder or the word phantom.")
+    if is_repacked(folder):
+        return repacked_records(folder)
+    if is_released(folder):
+        return released_records(folder)
+    raise InputError(
+        f"{folder}: no data set; expected train/index.json or Training400 in this folder."
+    )
 
 
 def _hold_out(records: list[Record], seed: int) -> dict[str, list[Record]]:
@@ -186,7 +192,11 @@ def _fingerprint(records: Sequence[Record], size: int) -> str:
     lines = [str(size)]
     for record in records:
         lines += [f"{record.name} {sorted(record.annotated)} {record.fovea}"]
-        lines += [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in record.files]
+        for file in record.files:
+            status = file.stat()
+            # Masks are of one size, and their times may be too; only ctime tells of a new name.
+            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+            lines += [f"{file} {status.st_size} {times}"]
     return "\n".join(lines)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from errors import InputError
 
 Pair = tuple[Image.Image, Image.Image | None]
 MASK_VALUES = (0, 128, 255)  # cup, rim, background
+
+# More pixels than any fundus camera has: a line about the file, not a warning without it.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ def file_record(
     annotated: frozenset[str],
     label: int | None,
     fovea: tuple[float, float] | None,
-    size: tuple[int, int] | None = None,
+    size: tuple[float, float] | None = None,
 ) -> Record:
     """Makes the record of a photograph and a mask that lie in files.
 
@@ -54,29 +59,55 @@ def file_record(
         label: As in `Record`.
         fovea: As in `Record`.
         size: Width and height that an index states; the photograph must agree.
-
-    Raises:
-        InputError: A file is missing.
     """
     files = (picture,) if mask is None else (picture, mask)
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file}: no such file.")
     read = partial(_read, picture, mask, fovea, size)
     return Record(picture.name, annotated, label, fovea, read, files)
+
+
+def by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Groups files that have one name but for the ending, upper and lower case being the same."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(file.stem.casefold(), []).append(file)
+    return groups
+
+
+def only(files: Sequence[Path]) -> Path:
+    """Gives the file that is meant by a name; copies of one another count as one.
+
+    Raises:
+        InputError: The files differ.
+    """
+    first, *others = files
+    for other in others:
+        if other.read_bytes() != first.read_bytes():
+            raise InputError(f"{other}: differs from {first}; one of the two must go.")
+    return first
+
+
+def to_number(value: object) -> float | None:
+    """Reads a finite number, stored as one or as text; None where it is neither."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _read(
     picture_file: Path,
     mask_file: Path | None,
     fovea: tuple[float, float] | None,
-    size: tuple[int, int] | None,
+    size: tuple[float, float] | None,
 ) -> Pair:
-    picture = _decode(picture_file, "RGB")
+    picture = _read_picture(picture_file)
     width, height = picture.size
     if size and size != picture.size:
         raise InputError(
-            f"{picture_file}: must be of the size its index states ({size[0]} x {size[1]}), "
+            f"{picture_file}: must be of the size its index states ({size[0]:g} x {size[1]:g}), "
             f"got {width} x {height}."
         )
     if fovea and not (-0.5 <= fovea[0] <= width - 0.5 and -0.5 <= fovea[1] <= height - 0.5):
@@ -85,25 +116,55 @@ def _read(
         )
     if mask_file is None:
         return picture, None
-    mask = _decode(mask_file, "L")
+    mask = _read_mask(mask_file)
     if mask.size != picture.size:
         raise InputError(
             f"{mask_file}: a mask must be of its picture's size ({width} x {height}), "
             f"got {mask.width} x {mask.height}."
         )
-    other = np.setdiff1d(np.asarray(mask), MASK_VALUES)
-    if len(other):
-        raise InputError(
-            f"{mask_file}: a mask must hold 0 (cup), 128 (rim) and 255 (background) alone, "
-            f"got {other[0]}."
-        )
     return picture, mask
 
 
-def _decode(file: Path, mode: str) -> Image.Image:
+def _read_picture(file: Path) -> Image.Image:
+    image = _decode(file)
+    if image.mode == "L":
+        return image.convert("RGB")
+    if image.mode == "RGBA":  # black, as around the field of view
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+    if image.mode != "RGB":
+        raise InputError(f"{file}: a picture must have 8 bits a channel, got mode {image.mode}.")
+    return image
+
+
+def _read_mask(file: Path) -> Image.Image:
+    values = np.asarray(_decode(file))
+    if values.ndim == 3:
+        if (values[..., 1:3] != values[..., :1]).any():
+            raise InputError(f"{file}: a mask must be grey, got colours.")
+        if (values[..., 3:] < 255).any():
+            raise InputError(f"{file}: a mask must be opaque, got transparent pixels.")
+        values = values[..., 0]
+    other = np.setdiff1d(values, MASK_VALUES)
+    if len(other):
+        raise InputError(
+            f"{file}: a mask must hold 0 (cup), 128 (rim) and 255 (background) alone, "
+            f"got {other[0]}."
+        )
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _decode(file: Path) -> Image.Image:
+    """Gives RGB, or RGBA where pixels are transparent; 8-bit greys and deep pixels as they are."""
     try:
         with Image.open(file) as image:
-            return image.convert(mode)
-    # Pillow's decoders raise SyntaxError and ValueError too for a file that is cut short.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            # Annotations are taken to be made on the picture as viewers show it. Sizes tell
+            # where that is wrong, but not those of a square picture or one turned by 180 degrees.
+            shown = ImageOps.exif_transpose(image)
+        if shown.mode.startswith(("I", "F")):  # `convert` would clip them
+            return shown
+        if shown.has_transparency_data:
+            return shown.convert("RGBA")
+        return shown if shown.mode == "L" else shown.convert("RGB")
+    # Pillow's decoders raise nearly anything for a damaged file.
+    except Exception as error:
         raise InputError(f"{file}: not a readable picture ({error}).") from error

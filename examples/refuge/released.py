@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import io
 import warnings
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import openpyxl
 
 from errors import InputError
 from network import TASKS
-from records import Record, file_record
+from records import Record, by_stem, file_record, only, to_number
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ LAYOUTS = {
         "Label(Glaucoma=1)",
     ),
 }
-FOLDER_LABELS = {"Glaucoma": 1, "Non-Glaucoma": 0}
+FOLDER_LABELS = {"Glaucoma": 1, "Non-Glaucoma": 0, "G": 1, "N": 0}
 
 
 def is_released(folder: Path) -> bool:
     """Tells whether REFUGE's own training folder lies in a folder, at whatever depth."""
-    return any(folder.rglob("Training400"))
+    return any(f.is_dir() and not _is_shadow(folder, f) for f in folder.rglob("Training400"))
 
 
 def released_records(folder: Path) -> dict[str, list[Record]]:
@@ -64,71 +63,104 @@ def released_records(folder: Path) -> dict[str, list[Record]]:
         folder: Where the zip files were unpacked; folders between are tolerated.
 
     Raises:
-        InputError: A picture lacks its mask, its row or its label, or a row its picture.
+        InputError: A picture lacks its mask, its row or its label, or a row its picture; or two
+            files or rows contradict each other.
     """
-    files = [file for file in sorted(folder.rglob("*")) if _is_data(file)]
+    found = sorted(folder.rglob("*"))
+    files = [file for file in found if file.is_file() and not _is_shadow(folder, file)]
     splits = {split: _read_split(folder, files, layout) for split, layout in LAYOUTS.items()}
     return {split: records for split, records in splits.items() if records}
 
 
-def _is_data(file: Path) -> bool:
+def _is_shadow(folder: Path, file: Path) -> bool:
     # macOS adds such shadows of every file to the zips it packs.
-    return not file.name.startswith(".") and "__MACOSX" not in file.parts and file.is_file()
+    parts = file.relative_to(folder).parts
+    return "__MACOSX" in parts or any(part.startswith(".") for part in parts)
 
 
 def _read_split(folder: Path, files: list[Path], layout: Layout) -> list[Record]:
     def inside(*names: str) -> Iterator[Path]:
         return (f for f in files if set(names) & set(f.relative_to(folder).parts[:-1]))
 
-    pictures = {f.stem: f for f in inside(*layout.pictures) if f.suffix.lower() == ".jpg"}
-    if not pictures:
-        return []
+    endings = (".jpg", ".jpeg")
+    pictures = by_stem(f for f in inside(*layout.pictures) if f.suffix.lower() in endings)
     annotations = list(inside(layout.annotations))
-    masks = {f.stem: f for f in annotations if f.suffix.lower() == ".bmp"}
-    table = next((f for f in annotations if f.name == layout.table), None)
-    if table is None:
+    if not pictures and not annotations:
+        return []
+    if not pictures:
+        raise InputError(f"{folder}: has {layout.annotations} but no {layout.pictures[0]}/*.jpg.")
+    masks = by_stem(f for f in annotations if f.suffix.lower() == ".bmp")
+    tables = [f for f in annotations if f.name.casefold() == layout.table.casefold()]
+    if not tables:
         raise InputError(f"{folder}: needs {layout.annotations}/{layout.table}.")
+    table = only(tables)
     rows = _read_table(table, layout)
     if strangers := rows.keys() - pictures.keys():
-        raise InputError(f"{table}: names {min(strangers)}, which is no picture in {folder}.")
+        name = rows[min(strangers)][0]
+        raise InputError(f"{table}: names {name}, which is no picture in {folder}.")
 
     records = []
-    for stem, picture in pictures.items():
+    for stem, copies in pictures.items():
+        picture = only(copies)
         if stem not in masks:
-            raise InputError(f"{picture}: {stem}.bmp is missing in {layout.annotations}.")
+            raise InputError(f"{picture}: {picture.stem}.bmp is missing in {layout.annotations}.")
         if stem not in rows:
             raise InputError(f"{table}: has no row for {picture.name}.")
-        *fovea, label = rows[stem]
+        _, *fovea, said = rows[stem]
+        where = table if layout.label else picture
         if layout.label is None:
-            label = FOLDER_LABELS.get(picture.parent.name)
+            said = FOLDER_LABELS.get(picture.parent.name)
+        label = to_number(said)
         if label not in (0, 1):
-            where = table if layout.label else picture
-            raise InputError(f"{where}: the label of {picture.name} must be 0 or 1, got {label!r}.")
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in fovea):
+            raise InputError(f"{where}: the label of {picture.name} must be 0 or 1, got {said!r}.")
+        for file in (*copies, *masks[stem]):
+            if FOLDER_LABELS.get(file.parent.name, label) != label:
+                raise InputError(f"{file}: its folder contradicts {where}: which label is right?")
+        x, y = map(to_number, fovea)
+        if x is None or y is None:
             raise InputError(f"{table}: the fovea of {picture.name} must be numbers, got {fovea}.")
-        point = (float(fovea[0]), float(fovea[1]))
-        records.append(file_record(picture, masks[stem], frozenset(TASKS), int(label), point))
+        mask = only(masks[stem])
+        records.append(file_record(picture, mask, frozenset(TASKS), int(label), (x, y)))
     return records
 
 
 def _read_table(table: Path, layout: Layout) -> dict[str, tuple[Any, ...]]:
-    """Reads Fovea_X, Fovea_Y and the label (None without a column) of each picture."""
+    """Reads ImgName, Fovea_X, Fovea_Y and the label (None without a column) by picture."""
     try:
         with warnings.catch_warnings():
             # openpyxl warns of Excel's own extensions, which no value depends on.
             warnings.simplefilter("ignore")
-            header, *rows = openpyxl.load_workbook(table, data_only=True).active.values
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+            content = io.BytesIO(table.read_bytes())
+            sheet = openpyxl.load_workbook(content, read_only=True, data_only=True).active
+            sheet.reset_dimensions()  # what the file says of them may be wrong
+            rows = [[_strip(cell) for cell in row] for row in sheet.values]
+    # openpyxl raises nearly anything for a damaged file.
+    except Exception as error:
         raise InputError(f"{table}: not a readable Excel file ({error}).") from error
+    filled = [row for row in rows if any(cell is not None for cell in row)]
+    header = filled[0] if filled else []
     wanted = ["ImgName", "Fovea_X", "Fovea_Y", *([layout.label] if layout.label else [])]
-    found = [str(name).strip() for name in header if name is not None]
-    if missing := [column for column in wanted if column not in found]:
-        raise InputError(f"{table}: column {missing[0]!r} is missing among {found}.")
-    at = {str(name).strip(): i for i, name in enumerate(header)}
-    values = {}
-    for row in rows:
-        name = row[at["ImgName"]]
-        if name is not None:
-            label = row[at[layout.label]] if layout.label else None
-            values[Path(str(name)).stem] = (row[at["Fovea_X"]], row[at["Fovea_Y"]], label)
+    found = [name for name in header if name is not None]
+    for column in wanted:
+        if found.count(column) != 1:
+            raise InputError(
+                f"{table}: must have one column {column!r}, got {found.count(column)} in {found}."
+            )
+    values: dict[str, tuple[Any, ...]] = {}
+    for row in filled[1:]:
+        cells = dict(zip(header, row, strict=False))
+        name, *others = (cells.get(column) for column in wanted)
+        if name is None and others == [None] * len(others):
+            continue
+        if name is None:
+            raise InputError(f"{table}: a row lacks its ImgName: {others}.")
+        stem = Path(str(name)).stem.casefold()
+        label = others[2] if layout.label else None
+        value = (name, others[0], others[1], label)
+        if values.setdefault(stem, value)[1:] != value[1:]:
+            raise InputError(f"{table}: has two rows for {name} that differ.")
     return values
+
+
+def _strip(cell: Any) -> Any:
+    return (cell.strip() or None) if isinstance(cell, str) else cell

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from errors import InputError
 from network import TASKS
-from records import Record, file_record
+from records import Record, by_stem, file_record, only, to_number
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("images", "Images")
 MASKS = ("seg", "gts", "Masks")
+MASK_ENDINGS = (".bmp", ".png", ".tif", ".tiff", ".gif", ".jpg", ".jpeg")
 REQUIRED = ("ImgName", "Size_X", "Size_Y", "Label", "Fovea_X", "Fovea_Y")
+Listing = Callable[[tuple[str, ...]], dict[str, list[Path]]]
 
 
 def is_repacked(folder: Path) -> bool:
@@ -31,26 +34,41 @@ def repacked_records(folder: Path) -> dict[str, list[Record]]:
     Raises:
         InputError: An index cannot be read, or names a file or a column that there is none of.
     """
-    return {
-        split: _read_split(folder / split)
-        for split in SPLITS
-        if (folder / split / "index.json").is_file()
-    }
+    return {split: _read_split(folder / split) for split in SPLITS if (folder / split).is_dir()}
 
 
 def _read_split(folder: Path) -> list[Record]:
     index = folder / "index.json"
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        # Windows' editors put a mark of UTF-8 in front.
+        text = index.read_text(encoding="utf-8-sig")
+        entries = json.loads(text, object_pairs_hook=_without_repeats)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{index}: not readable as JSON ({error}).") from error
     if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
         raise InputError(f"{index}: must map numbers to entries like {{'ImgName': ...}}.")
-    return [_read_entry(index, key, entry) for key, entry in entries.items()]
+    listing: Listing = cache(partial(_list_files, folder))
+    records: dict[str, Record] = {}
+    for key, entry in entries.items():
+        record = _read_entry(index, f'{index}: entry "{key}"', entry, listing)
+        # Masks are found by this name: two pictures cannot share it.
+        stem = Path(record.name).stem.casefold()
+        if stem in records:
+            raise InputError(f'{index}: entry "{key}": {record.name} is in an entry before it.')
+        records[stem] = record
+    return list(records.values())
 
 
-def _read_entry(index: Path, key: str, entry: dict[str, Any]) -> Record:
-    where = f'{index}: entry "{key}"'
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # `json` would silently keep the last of two labels.
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return entries
+
+
+def _read_entry(index: Path, where: str, entry: dict[str, Any], listing: Listing) -> Record:
     # A misspelt `Annotations` would silently declare everything annotated.
     if unknown := sorted(entry.keys() - {*REQUIRED, "Annotations"}):
         raise InputError(f"{where}: unknown column {unknown[0]!r}.")
@@ -62,31 +80,44 @@ def _read_entry(index: Path, key: str, entry: dict[str, Any]) -> Record:
 
     label = fovea = mask = None
     if "glaucoma" in annotated:
-        label = entry["Label"]
+        label = to_number(entry["Label"])
         if label not in (0, 1):
-            raise InputError(f"{where}: `Label` must be 0 or 1, got {label!r}.")
+            raise InputError(f"{where}: `Label` must be 0 or 1, got {entry['Label']!r}.")
     if "fovea" in annotated:
         fovea = (_number(where, entry, "Fovea_X"), _number(where, entry, "Fovea_Y"))
     name = entry["ImgName"]
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or {"/", "\\"} & set(name):
         raise InputError(f"{where}: `ImgName` must be a file name, got {name!r}.")
-    picture = _subfolder(index.parent, PICTURES) / name
+    stem = Path(name).stem.casefold()
+    pictures = listing(PICTURES).get(stem, [])
+    pictures = [f for f in pictures if f.name.casefold() == name.casefold()]
+    pictures = [f for f in pictures if f.name == name] or pictures
+    if not pictures:
+        raise InputError(f"{where}: {name}: no such file.")
     if {"disc", "cup"} & set(annotated):
-        masks = _subfolder(index.parent, MASKS)
-        mask = next(iter(sorted(masks.glob(f"{picture.stem}.*"))), masks / f"{picture.stem}.bmp")
-    size = (entry["Size_X"], entry["Size_Y"])
-    return file_record(picture, mask, frozenset(annotated), label, fovea, size)
+        masks = [f for f in listing(MASKS).get(stem, []) if f.suffix.lower() in MASK_ENDINGS]
+        if not masks:
+            raise InputError(f"{where}: {Path(name).stem}.bmp: no such file.")
+        mask = only(masks)
+    size = (_number(where, entry, "Size_X"), _number(where, entry, "Size_Y"))
+    label = None if label is None else int(label)
+    return file_record(only(pictures), mask, frozenset(annotated), label, fovea, size)
 
 
 def _number(where: str, entry: dict[str, Any], column: str) -> float:
-    value = entry[column]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{where}: `{column}` must be a number, got {value!r}.")
-    return float(value)
+    number = to_number(entry[column])
+    if number is None:
+        raise InputError(f"{where}: `{column}` must be a number, got {entry[column]!r}.")
+    return number
 
 
-def _subfolder(folder: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (folder / name).is_dir():
-            return folder / name
-    raise InputError(f"{folder}: needs a folder named {' or '.join(names)}.")
+def _list_files(folder: Path, names: tuple[str, ...]) -> dict[str, list[Path]]:
+    found = sorted(f for f in folder.iterdir() if f.name in names and f.is_dir())
+    if not found:
+        raise InputError(f"{folder}: needs a folder named {' or '.join(names)}.")
+    if len(found) > 1:
+        both = " and ".join(f.name for f in found)
+        raise InputError(f"{folder}: needs one folder named {' or '.join(names)}, got {both}.")
+    files = sorted(found[0].iterdir())
+    # macOS adds a hidden `._a.bmp` to `a.bmp`.
+    return by_stem(f for f in files if f.is_file() and not f.name.startswith("."))
