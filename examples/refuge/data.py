@@ -45,9 +45,9 @@ class Batch:
     known: dict[str, Tensor]
 
     def to(self, device: torch.device) -> Batch:
-        """Moves pictures and truth to a device."""
-        targets = {task: target.to(device) for task, target in self.targets.items()}
-        return Batch(self.images.to(device), targets, self.known)
+        """Moves pictures and truth to a device, without waiting for it."""
+        targets = {task: t.to(device, non_blocking=True) for task, t in self.targets.items()}
+        return Batch(self.images.to(device, non_blocking=True), targets, self.known)
 
     def labelled(self, task: str) -> Tensor:
         """Gives the rows whose truth is known."""
@@ -58,8 +58,9 @@ class Batch:
         known = torch.stack([self.known[task] for task in tasks]).any(0)
         if known.all():
             return self
-        targets = {task: target[known] for task, target in self.targets.items()}
-        return Batch(self.images[known], targets, {t: k[known] for t, k in self.known.items()})
+        rows = known.nonzero().squeeze(1).to(self.images.device, non_blocking=True)
+        targets = {task: target[rows] for task, target in self.targets.items()}
+        return Batch(self.images[rows], targets, {t: k[known] for t, k in self.known.items()})
 
 
 class Photographs(Dataset[Batch]):
@@ -93,6 +94,8 @@ class Photographs(Dataset[Batch]):
                 write_tensors(cache, tensors, key)
         self.pictures, self.masks = tensors["pictures"], tensors["masks"]
         self.sizes, self.ratios = tensors["sizes"], tensors["ratios"]
+        # What a batch is made of; perhaps on a device, where the rest need not be.
+        self._kept = [self.pictures, self.masks, self.input_points(), self.labels]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,15 +103,11 @@ class Photographs(Dataset[Batch]):
     def __getitem__(self, rows: int | Sequence[int] | Tensor) -> Batch:
         """Gives the photographs of some rows as a batch, where the pictures lie."""
         rows = torch.as_tensor(rows).reshape(-1)
-        masks = self.masks[rows]
-        targets = {
-            "disc": masks < 255,
-            "cup": masks == 0,
-            "fovea": self.input_points()[rows].to(masks.device),
-            "glaucoma": self.labels[rows].to(masks.device),
-        }
         known = {task: known[rows] for task, known in self.known.items()}
-        return Batch(self.pictures[rows].float() / 255, targets, known)
+        rows = rows.to(self._kept[0].device, non_blocking=True)
+        pictures, masks, points, labels = (each[rows] for each in self._kept)
+        targets = {"disc": masks < 255, "cup": masks == 0, "fovea": points, "glaucoma": labels}
+        return Batch(pictures.float() / 255, targets, known)
 
     def input_points(self) -> Tensor:
         """Gives the foveas in pixels of the network's input."""
@@ -121,7 +120,7 @@ class Photographs(Dataset[Batch]):
             return
         free, _ = torch.cuda.mem_get_info(device)
         if self.pictures.nbytes + self.masks.nbytes < free / 4:
-            self.pictures, self.masks = self.pictures.to(device), self.masks.to(device)
+            self._kept = [each.to(device) for each in self._kept]
 
     def tasks(self) -> tuple[str, ...]:
         """Names the tasks that at least one picture is annotated for."""

@@ -33,7 +33,7 @@ def task_losses(logits: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[T
             losses[task] = (output.sum() * 0, 0)
             continue
         if len(rows) < len(output):
-            there = rows.to(output.device)
+            there = rows.to(output.device, non_blocking=True)
             output, target = output[there], target[there]
         losses[task] = (LOSSES[task](output, target), len(rows))
     return losses
