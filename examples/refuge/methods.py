@@ -84,7 +84,8 @@ def build_optimizer(
         return mtlopt.AlternatingOptimizer(adam, objectives, scaler=scaler)
     common: dict[str, Any] = {"scaler": scaler, "process_group": group}
     if method == "joint":
-        return mtlopt.JointOptimizer(adam, objectives, **common)
+        weights = settings.loss_weights() if settings.weights else None
+        return mtlopt.JointOptimizer(adam, objectives, weights, **common)
     if method == "pcgrad":
         return mtlopt.PCGrad(adam, objectives, seed=settings.seed, **common)
     if method == "gradnorm":

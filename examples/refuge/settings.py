@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -40,6 +41,7 @@ class Settings:
     norm: str = "batch"
     dropout: float = 0.8
     group_size: int = 1
+    weights: str = ""
     amp: str = "off"
     compile: bool = False
     device: str = "auto"
@@ -49,7 +51,7 @@ class Settings:
         """Raises an InputError that names the flag, its rule and the value."""
         rules = {
             "epochs": (self.epochs >= 1, "at least 1"),
-            "lr": (0 < self.lr < float("inf"), "positive"),
+            "lr": (0 < self.lr < inf, "positive"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "width": (self.width >= 1, "at least 1"),
             "size": (self.size >= 32 and self.size % 16 == 0, "a multiple of 16, at least 32"),
@@ -65,6 +67,9 @@ class Settings:
             rules["width"] = (self.width == 64, "64 as the pretrained encoders have")
         if self.method == "single":
             rules["group_size"] = (self.group_size == 1, "1 where each task has its own network")
+        if self.weights:
+            kept = self.method == "joint" and self.loss_weights() is not None
+            rules["weights"] = (kept, "like fovea=30,cup=2, positive, and with `--method joint`")
         for name, (kept, rule) in rules.items():
             if not kept:
                 raise InputError(f"`{_flag(name)}` must be {rule}, got {getattr(self, name)}.")
@@ -74,6 +79,17 @@ class Settings:
             raise InputError(
                 f"`--device` must be one that works here, got {self.device}."
             ) from error
+
+    def loss_weights(self) -> dict[str, float] | None:
+        """Gives every task's weight in the joint loss; None where `--weights` cannot be read."""
+        pairs = [pair.partition("=") for pair in self.weights.split(",") if pair]
+        try:
+            given = {task: float(weight) for task, _, weight in pairs}
+        except ValueError:
+            return None
+        if len(given) < len(pairs) or not all(0 < weight < inf for weight in given.values()):
+            return None
+        return dict.fromkeys(TASKS, 1.0) | given if given.keys() <= set(TASKS) else None
 
     def torch_device(self) -> torch.device:
         """Resolves "auto" to the GPU where there is one."""
@@ -154,6 +170,7 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
     add("norm", "normalisation after each convolution", choices=NORMS)
     add("dropout", "probability before the glaucoma head", type=float, metavar="P")
     add("group_size", "tasks in an objective, grouped at random once", type=int, metavar="N")
+    add("weights", "weights in the joint loss, as fovea=30; the others are 1", metavar="A=X,B=Y")
     add("amp", "precision of the forward pass", choices=("off", "bf16", "fp16"))
     add("compile", "compile the network first", action="store_true")
     add("device", "where to train", choices=("auto", "cpu", "cuda"))

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+import mtlopt
 import train
 from errors import InputError
-from methods import build_network
+from methods import build_network, build_optimizer
 from network import TASKS
 from refuge.tiny_data import ENVIRONMENT, TRAIN_PY, Run, entry, write_split
 from runs import load_best, parts, save_best
@@ -91,6 +92,14 @@ def test_the_methods_are_different_updates(repacked: Path, tmp_path: Path) -> No
         ends.append(weights(out)["encoder.0.0.weight"])
     for one, other in combinations(ends, 2):
         assert not torch.equal(one, other)
+
+
+def test_weights_are_those_of_the_joint_loss(repacked: Path) -> None:
+    """The hand-tuned weighted sum is what other methods must beat."""
+    settings = Settings(method="joint", weights="fovea=30,cup=0.5", width=2)
+    optimizer = build_optimizer(settings, build_network(settings), None)
+    assert isinstance(optimizer, mtlopt.JointOptimizer)
+    assert optimizer.weights == {"disc": 1, "cup": 0.5, "fovea": 30, "glaucoma": 1}
 
 
 def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: Path) -> None:
@@ -346,6 +355,17 @@ def test_ctrl_c_before_anything_is_saved_says_so(
         (
             ("--method", "single", "--group-size", "2"),
             "`--group-size` must be 1 where each task has its own network, got 2.",
+        ),
+        *(
+            (
+                ("--weights", weights, "--method", method),
+                "`--weights` must be like fovea=30,cup=2, positive, and with `--method joint`, "
+                f"got {weights}.",
+            )
+            for weights, method in (
+                *(("fovea=30", "independent"), ("eye=1", "joint"), ("cup", "joint")),
+                *(("cup=-1", "joint"), ("cup=1,cup=2", "joint"), ("cup=nan", "joint")),
+            )
         ),
         (
             ("--pretrained", "imagenet"),
