@@ -86,7 +86,7 @@ class Photographs(Dataset[Batch]):
         self.labels = torch.tensor(labels)
         nowhere = (float("nan"), float("nan"))
         self.points = torch.tensor([record.fovea or nowhere for record in records])
-        key = _fingerprint(records, size)
+        key = _fingerprint(records, size) if cache else ""
         tensors = read_tensors(cache, key) if cache else None
         if tensors is None:
             tensors = _decode(records, size, title)
@@ -192,7 +192,10 @@ def _fingerprint(records: Sequence[Record], size: int) -> str:
     for record in records:
         lines += [f"{record.name} {sorted(record.annotated)} {record.fovea}"]
         for file in record.files:
-            status = file.stat()
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise InputError(f"{file}: not readable ({error.strerror}).") from error
             # Masks are of one size, and their times may be too; only ctime tells of a new name.
             times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
             lines += [f"{file} {status.st_size} {times}"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from checkpoint import make_folder, write_json
 from data import load_splits
-from errors import InputError
+from errors import report_errors
 from evaluation import evaluate
 from report import format_table, write_predictions
 from runs import open_run
@@ -22,25 +22,24 @@ from settings import Parser, complete
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
-    try:
-        options = _parser().parse_args(arguments)
-        trained, settings = open_run(options.run, options.device)
-        if options.data:
-            settings = replace(settings, data=complete({"data": options.data})["data"])
-        out = options.out or options.run
-        make_folder(out)
-        cache = options.run.parent / ".cache"
-        photographs = load_splits(settings.data, settings.size, settings.seed, cache)[options.split]
-        evaluation = evaluate(trained, photographs)
-        facts = {"data": settings.data, "split": options.split, "photographs": len(photographs)}
-        write_predictions(out / f"predictions-{options.split}.csv", photographs, evaluation)
-        write_json(out / f"metrics-{options.split}.json", facts | evaluation.metrics)
-    except InputError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
+    return report_errors("evaluate.py", lambda: measure(_parser().parse_args(arguments)))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measures a split and writes and prints what was found."""
+    trained, settings = open_run(options.run, options.device)
+    if options.data:
+        settings = replace(settings, data=complete({"data": options.data})["data"])
+    cache = options.run.parent / ".cache"
+    photographs = load_splits(settings.data, settings.size, settings.seed, cache)[options.split]
+    evaluation = evaluate(trained, photographs)
+    out = options.out or options.run
+    make_folder(out)
+    facts = {"data": settings.data, "split": options.split, "photographs": len(photographs)}
+    write_predictions(out / f"predictions-{options.split}.csv", photographs, evaluation)
+    write_json(out / f"metrics-{options.split}.json", facts | evaluation.metrics)
     print(f"{options.run}: {len(photographs)} {options.split} pictures of {settings.data}")
     print(format_table(evaluation.metrics, settings.size))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

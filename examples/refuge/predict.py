@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import make_folder, write_text, write_whole
 from data import Photographs
-from errors import InputError
+from errors import InputError, report_errors
 from evaluation import Trained, diagnose, summarise
 from figures import outline, save
 from metrics import largest_component
@@ -87,13 +87,7 @@ def examine(trained: Trained, file: Path, size: int) -> Finding:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
-    try:
-        options = _parser().parse_args(arguments)
-        predict(options)
-    except InputError as error:
-        print(f"predict.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return report_errors("predict.py", lambda: predict(_parser().parse_args(arguments)))
 
 
 def predict(options: argparse.Namespace) -> None:

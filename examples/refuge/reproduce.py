@@ -15,7 +15,7 @@ from pathlib import Path
 
 from checkpoint import make_folder
 from data import load_splits
-from errors import InputError
+from errors import InputError, report_errors
 from runs import open_run
 from settings import RUNS, Parser, Settings, add_flags, complete, read_settings
 from study import (
@@ -39,15 +39,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of a sweep that was given none
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
-    try:
-        reproduce(_parser().parse_args(arguments))
-    except InputError as error:
-        print(f"reproduce.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("reproduce.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return report_errors("reproduce.py", lambda: reproduce(_parser().parse_args(arguments)))
 
 
 def reproduce(options: argparse.Namespace) -> None:
