@@ -29,7 +29,7 @@ import measured
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
 from data import Batch, Photographs
-from methods import build_network, build_optimizer
+from methods import build_network, build_optimizer, compile_network
 from phantoms import phantom_records
 from records import Record, file_record
 from settings import Settings
@@ -69,7 +69,7 @@ class Case:
         if fast:
             network.to(memory_format=torch.channels_last)
         if settings.compile:
-            network.compile()
+            compile_network(network, settings)
         optimizer = build_optimizer(settings, network, None, fused=fast)
         losses = make_losses(settings, network)
         network.train()

@@ -17,7 +17,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "study"]  # Tables that a page includes.
 
 html_theme = "furo"
 html_title = f"mtlopt {release}"

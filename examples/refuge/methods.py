@@ -44,6 +44,14 @@ def build_network(settings: Settings, pretrained: bool = True) -> Network:
     return network
 
 
+def compile_network(network: Network, settings: Settings) -> None:
+    """Compiles the network in place, so that a method may differentiate several losses of it."""
+    if settings.method not in ("independent", "alternating", "joint", "single"):
+        # The buffers of a forward pass must outlive its first backward pass.
+        torch._functorch.config.donated_buffer = False
+    network.compile()
+
+
 def draw_objectives(settings: Settings) -> Sequence[Objective]:
     """Groups the tasks at random, once for the whole run."""
     if settings.group_size == 1:

@@ -34,7 +34,7 @@ from errors import InputError
 from evaluation import Trained, evaluate, score
 from figures import draw_pictures
 from losses import task_losses
-from methods import build_network, build_optimizer, draw_objectives
+from methods import build_network, build_optimizer, compile_network, draw_objectives
 from metrics import mean
 from network import TASKS, count_parameters
 from processes import Processes, start_processes
@@ -54,7 +54,7 @@ def build_state(settings: Settings, processes: Processes, file: Path | None) -> 
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     if settings.compile:
-        network.compile()
+        compile_network(network, settings)
     scaler = torch.amp.GradScaler(device.type) if settings.amp == "fp16" else None
     fused = device.type == "cuda"
     optimizer = build_optimizer(settings, network, scaler, processes.group, fused)

@@ -174,7 +174,11 @@ Program = Callable[[list[str]], int]
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
-        (predict.main, ["{home}/run", "{home}/none.jpg", "--out", "{out}"], "none.jpg: not a readable"),
+        (
+            predict.main,
+            ["{home}/run", "{home}/none.jpg", "--out", "{out}"],
+            "none.jpg: not a",
+        ),
         (predict.main, ["{home}/run", "{home}/run/best.pt", "--out", "{out}"], "best.pt: not a"),
         (predict.main, ["{home}/data", "x.jpg", "--out", "{out}"], "data/config.json: not read"),
         (predict.main, ["{home}/run", "a/x.jpg", "b/x.png", "--out", "{out}"], "the same name"),

@@ -222,6 +222,21 @@ def test_mixed_precision_trains_and_resumes(repacked: Path, tmp_path: Path, amp:
     assert (saved["scaler"] is not None) == (amp == "fp16")
 
 
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_it_does_uncompiled(
+    train_py: Run, repacked: Path, tmp_path: Path
+) -> None:
+    """By the method that takes most backward passes; rounding is the compiler's."""
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    arguments = ("--data", repacked, "--method", "gradnorm", "--epochs", 1, *TINY, "--dropout", 0)
+    assert train_py(*arguments, "--norm", "group", "--out", plain).returncode == 0
+    done = train_py(*arguments, "--norm", "group", "--compile", "--out", compiled, timeout=600)
+    assert done.returncode == 0, done.stderr
+    one, other = read(plain / "metrics.json"), read(compiled / "metrics.json")
+    for key in ("fovea_error", "glaucoma_brier"):
+        assert other[key] == pytest.approx(one[key], rel=1e-3)
+
+
 @pytest.mark.parametrize("norm", ["group", "running"])
 def test_every_norm_trains(repacked: Path, tmp_path: Path, norm: str) -> None:
     out = tmp_path / "run"
