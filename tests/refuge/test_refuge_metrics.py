@@ -13,6 +13,7 @@ from metrics import (
     dice,
     largest_component,
     mean,
+    rates,
     vertical_cup_to_disc_ratio,
 )
 
@@ -74,6 +75,14 @@ def test_vcdr_counts_the_cup_inside_the_disc_alone() -> None:
 def test_vcdr_without_a_disc_is_no_number() -> None:
     assert math.isnan(vertical_cup_to_disc_ratio(mask("..."), mask("#..")))
     assert vertical_cup_to_disc_ratio(mask("#.."), mask("...")) == 0
+
+
+def test_sensitivity_and_specificity_at_one_half() -> None:
+    """Two of three glaucomas are found, one of two healthy eyes is left alone; 0.5 is a finding."""
+    labels = np.array([1, 1, 1, 0, 0])
+    sensitivity, specificity = rates(labels, np.array([0.5, 0.9, 0.49, 0.1, 0.5]))
+    assert (sensitivity, specificity) == (pytest.approx(2 / 3), 0.5)
+    assert rates(np.ones(2, dtype=int), np.array([0.2, 0.8])) == (0.5, None)
 
 
 def test_auc_is_the_share_of_pairs_in_order_and_null_for_one_class() -> None:
