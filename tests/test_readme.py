@@ -111,7 +111,9 @@ def test_a_page_names_only_tests_that_exist() -> None:
     named = [
         match
         for page in PAGES
-        for match in re.findall(r"\b(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8"))
+        for match in re.findall(
+            r"\b(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8")
+        )
     ]
     assert len(named) > 20
     for file, test in named:
