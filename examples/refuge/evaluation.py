@@ -155,8 +155,9 @@ def measure(
     metrics["glaucoma_sensitivity"], metrics["glaucoma_specificity"] = rates(
         labels[usable], diagnoses["both"][usable]
     )
-    errors = np.where(labels >= 0, (diagnoses["both"] - labels) ** 2, np.nan)
-    metrics["glaucoma_brier"] = mean(errors)
+    for name, key in (("both", ""), ("fc", "_fc")):
+        errors = np.where(labels >= 0, (diagnoses[name] - labels) ** 2, np.nan)
+        metrics[f"glaucoma_brier{key}"] = mean(errors)
 
     rows = photographs[torch.arange(len(photographs))]
     for task in ("disc", "cup"):
@@ -178,9 +179,11 @@ def measure(
 def score(metrics: Metrics, size: int, tasks: Sequence[str]) -> float | None:
     """Averages what was measured of both Dice, 1 - Brier score and 1 - fovea error / side.
 
-    The Brier score, not the AUC: a small validation split has too few positives to rank.
+    The Brier score, not the AUC: a small validation split has too few positives to rank. A network
+    that does not segment is judged by its own head alone.
     """
-    error, brier = metrics["fovea_error"], metrics["glaucoma_brier"]
+    own = "" if {"disc", "cup"} <= set(tasks) else "_fc"
+    error, brier = metrics["fovea_error"], metrics[f"glaucoma_brier{own}"]
     parts = {
         "disc": metrics["disc_dice"],
         "cup": metrics["cup_dice"],

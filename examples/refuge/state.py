@@ -45,7 +45,7 @@ class TrainingState:
         names = []
         for name, score in scores.items():
             best = self.best.get(name)
-            if score is None or best is None or score > best:
+            if best is None or (score is not None and score > best):
                 self.best[name] = score
                 names.append(name)
         return names

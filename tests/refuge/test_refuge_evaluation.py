@@ -24,6 +24,7 @@ METRICS = {
     "glaucoma_sensitivity",
     "glaucoma_specificity",
     "glaucoma_brier",
+    "glaucoma_brier_fc",
     "disc_dice",
     "cup_dice",
     "fovea_error",
@@ -130,6 +131,9 @@ def test_the_score_averages_what_was_measured() -> None:
     metrics["cup_dice"] = 0.5
     assert score(metrics, 100, TASKS) == pytest.approx((0.9 + 0.9 + 0.8 + 0.5) / 4, rel=1e-12)
     assert score(metrics, 100, ("fovea",)) == pytest.approx(0.9, rel=1e-12)
+    assert score(metrics, 100, ("glaucoma",)) is None  # The vCDR is other networks' opinion.
+    metrics["glaucoma_brier_fc"] = 0.3
+    assert score(metrics, 100, ("glaucoma",)) == pytest.approx(0.7, rel=1e-12)
 
 
 def test_unlabelled_pictures_count_in_no_metric(tmp_path: Path) -> None:
