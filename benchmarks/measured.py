@@ -61,13 +61,13 @@ def seconds(
 def synchronize(device: str) -> None:
     """Waits for the device."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: str) -> int:
     """Returns the most memory that this process held so far, in bytes."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -131,7 +131,7 @@ def write_results(options: argparse.Namespace, what: str, text: str) -> None:
 def describe_hardware(device: str) -> str:
     """Names the device."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

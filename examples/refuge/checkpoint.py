@@ -108,7 +108,10 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], key: str) -> None:
     """Saves tensors together with what they were made from."""
     make_folder(file.parent)
-    save_checkpoint(file, {"key": key, **tensors})
+    # Runs beside each other may write the same file.
+    draft = file.with_name(f"{file.stem}-{os.getpid()}.pt")
+    save_checkpoint(draft, {"key": key, **tensors})
+    draft.replace(file)
 
 
 def read_tensors(file: Path, key: str) -> dict[str, Tensor] | None:

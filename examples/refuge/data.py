@@ -25,6 +25,7 @@ from records import Record
 from released import is_released, released_records
 from repacked import is_repacked, repacked_records
 
+SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share that validates where no split does; a small set needs the rest to train
 
 
@@ -127,8 +128,18 @@ class Photographs(Dataset[Batch]):
         return tuple(task for task in TASKS if self.known[task].any())
 
 
+def describe(data: str) -> str:
+    """Names the photographs that `--data` means, as every figure and table does."""
+    return "synthetic phantoms" if data == "phantom" else Path(data).name
+
+
+def shrink(picture: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Resizes a photograph for the network, to (3, size, size)."""
+    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
 def load_splits(
-    data: str, size: int, seed: int, cache: Path | None = None
+    data: str, size: int, seed: int, cache: Path | None = None, wanted: Sequence[str] = SPLITS
 ) -> dict[str, Photographs]:
     """Finds out what kind of data is meant and decodes it.
 
@@ -137,9 +148,7 @@ def load_splits(
         size: Side of the network's input in pixels.
         seed: Draws the pictures held out for validation where there is no such split.
         cache: Folder for decoded tensors; phantoms need none.
-
-    Returns:
-        "train", "val" and "test".
+        wanted: Which splits of "train", "val" and "test".
 
     Raises:
         InputError: The folder is no data set, or a file in it cannot be used.
@@ -149,15 +158,13 @@ def load_splits(
         splits = phantom_records(size) if data == "phantom" else _find_records(folder)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-    for split in ("train", "test"):
+    if not splits.get("val") and len(splits.get("train", ())) > 1:
+        splits |= _hold_out(splits["train"], seed)
+    for split in wanted:
         if not splits.get(split):
             raise InputError(f"{folder}: has no pictures for the {split} split.")
-    if not splits.get("val"):
-        if len(splits["train"]) == 1:
-            raise InputError(f"{folder}: has one training picture; validation needs another one.")
-        splits |= _hold_out(splits["train"], seed)
     decoded = {}
-    for split in ("train", "val", "test"):
+    for split in wanted:
         file = None
         if cache and data != "phantom":
             file = cache / f"{folder.resolve().name}-{split}-{size}.pt"
@@ -210,9 +217,8 @@ def _decode(records: Sequence[Record], size: int, title: str) -> dict[str, Tenso
             values = np.asarray(mask)
             ratio = vertical_cup_to_disc_ratio(values < 255, values == 0)
         mask = mask or Image.new("L", picture.size, 255)
-        small = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
         small_mask = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
-        return small.transpose(2, 0, 1), small_mask, torch.tensor(picture.size), ratio
+        return shrink(picture, size), small_mask, torch.tensor(picture.size), ratio
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(pool.map(decode, records), title, len(records), unit="picture", disable=None)

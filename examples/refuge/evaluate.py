@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint import make_folder, write_json
-from data import load_splits
-from errors import report_errors
+from data import SPLITS, describe, load_splits
+from errors import InputError, report_errors
 from evaluation import evaluate
-from report import format_table, write_predictions
+from report import format_table, missing_ratios, write_predictions
 from runs import open_run
 from settings import Parser, complete
 
@@ -27,28 +27,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> None:
     """Measures a split and writes and prints what was found."""
+    if options.data and not options.out:
+        raise InputError("`--data` needs `--out`: the run folder is for the run's own photographs.")
     trained, settings = open_run(options.run, options.device)
     if options.data:
         settings = replace(settings, data=complete({"data": options.data})["data"])
-    cache = options.run.parent / ".cache"
-    photographs = load_splits(settings.data, settings.size, settings.seed, cache)[options.split]
+    split, source = options.split, describe(settings.data)
+    cache = (options.out or options.run).parent / ".cache"
+    photographs = load_splits(settings.data, settings.size, settings.seed, cache, [split])[split]
     evaluation = evaluate(trained, photographs)
     out = options.out or options.run
     make_folder(out)
-    facts = {"data": settings.data, "split": options.split, "photographs": len(photographs)}
-    write_predictions(out / f"predictions-{options.split}.csv", photographs, evaluation)
-    write_json(out / f"metrics-{options.split}.json", facts | evaluation.metrics)
-    print(f"{options.run}: {len(photographs)} {options.split} pictures of {settings.data}")
+    facts = {"data": source, "split": split, "photographs": len(photographs)}
+    facts["notes"] = missing_ratios(evaluation)
+    write_predictions(out / f"predictions-{split}.csv", photographs, evaluation)
+    write_json(out / f"metrics-{split}.json", facts | evaluation.metrics)
+    print(f"{options.run}: {len(photographs)} {split} pictures, {source}")
     print(format_table(evaluation.metrics, settings.size))
+    for note in facts["notes"]:
+        print(f"note: {note}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="evaluate.py", description=__doc__)
     parser.set_defaults(split="test", data=None, out=None, device="auto")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
-    parser.add_argument(
-        "--split", choices=("train", "val", "test"), help="which photographs (default: test)"
-    )
+    parser.add_argument("--split", choices=SPLITS, help="which photographs (default: test)")
     parser.add_argument("--data", metavar="DIR", help="of which set (default: the run's own)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")

@@ -159,10 +159,9 @@ def measure(
         errors = np.where(labels >= 0, (diagnoses[name] - labels) ** 2, np.nan)
         metrics[f"glaucoma_brier{key}"] = mean(errors)
 
-    rows = photographs[torch.arange(len(photographs))]
-    for task in ("disc", "cup"):
-        known = rows.labelled(task).tolist() if task in predictions.masks else []
-        true = rows.targets[task].cpu().numpy()
+    masks = photographs.masks.numpy()
+    for task, true in (("disc", masks < 255), ("cup", masks == 0)):
+        known = np.flatnonzero(photographs.known[task].numpy() & (task in predictions.masks))
         scores = [dice(predictions.masks[task][row], true[row]) for row in known]
         metrics[f"{task}_dice"] = mean(np.array(scores))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -45,14 +44,15 @@ def draw_overlays(
     """
     count = min(count, len(photographs))
     figure, axes = grid(count, columns=4)
-    batch = photographs[torch.arange(len(photographs))]
+    masks = photographs.masks.numpy()
+    true = {"disc": masks < 255, "cup": masks == 0}
     points = photographs.input_points().numpy()
     chosen = np.linspace(0, len(photographs) - 1, count).astype(int)
     for row, ax in zip(chosen, axes, strict=True):
         show(ax, photographs, int(row))
         for task, style in (("disc", "solid"), ("cup", "dashed")):
-            if batch.known[task][row]:
-                outline(ax, batch.targets[task][row].cpu().numpy(), TRUE, style)
+            if photographs.known[task][row]:
+                outline(ax, true[task][row], TRUE, style)
             if task in predictions.masks:
                 outline(ax, predictions.masks[task][row], PREDICTED, style)
         ax.plot(*points[row], "+", color=TRUE, markersize=9)
@@ -68,7 +68,7 @@ def draw_learning_curves(file: Path, history: History, source: str) -> None:
     """Draws losses over the epochs and, below, what validation measured."""
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
-    for column in history[0]:
+    for column in dict.fromkeys(column for row in history for column in row):
         rows = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
         if column.startswith("loss_") and rows:
             top.plot(*zip(*rows, strict=True), label=column.removeprefix("loss_"))

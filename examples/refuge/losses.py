@@ -52,7 +52,8 @@ def fovea_loss(logits: Tensor, points: Tensor) -> Tensor:
 def glaucoma_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Focal loss (Lin et al., 2017) with gamma 2 and no alpha."""
     loss: Tensor = sigmoid_focal_loss(logits, labels.float(), alpha=-1, gamma=2, reduction="mean")
-    return loss
+    # Of a batch that is quite certain the loss is zero, which GradNorm cannot divide by.
+    return loss + torch.finfo(loss.dtype).tiny
 
 
 def saliency_maps(points: Tensor, size: int) -> Tensor:

@@ -11,7 +11,7 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import make_folder, write_text, write_whole
-from data import Photographs
+from data import shrink
 from errors import InputError, report_errors
 from evaluation import Trained, diagnose, summarise
 from figures import outline, save
@@ -68,10 +68,8 @@ def examine(trained: Trained, file: Path, size: int) -> Finding:
     Raises:
         InputError: The file is no readable picture.
     """
-    record = file_record(file, None, frozenset(), None, None)
-    photographs = Photographs([record], size)
-    picture, _ = record.read()
-    answer = trained.ask(photographs[0].images)
+    picture, _ = file_record(file, None, frozenset(), None, None).read()
+    answer = trained.ask(torch.from_numpy(shrink(picture, size).copy())[None].float() / 255)
     predictions = summarise([answer])
     mask = fovea = None
     if "disc" in answer:
@@ -98,16 +96,17 @@ def predict(options: argparse.Namespace) -> None:
     stems = [file.stem for file in options.pictures]
     if twice := [file for file in options.pictures if stems.count(file.stem) > 1]:
         raise InputError(f"{twice[-1]}: another picture has the same name; give them one by one.")
+    # One at a time: a test split of full-size masks would fill the memory.
     pictures = tqdm(options.pictures, unit="picture", disable=None)
-    findings = {file: examine(trained, file, settings.size) for file in pictures}
+    findings = ((file, examine(trained, file, settings.size)) for file in pictures)
     (write_submission if options.submission else write_findings)(options.out, findings)
-    print(f"{options.out}: {len(findings)} pictures")
+    print(f"{options.out}: {len(stems)} pictures")
 
 
-def write_findings(out: Path, findings: Mapping[Path, Finding]) -> None:
+def write_findings(out: Path, findings: Iterable[tuple[Path, Finding]]) -> None:
     """Writes a table, and masks and overlays as pictures."""
     rows = []
-    for file, finding in findings.items():
+    for file, finding in findings:
         if finding.mask is not None:
             _write_mask(out / "masks" / f"{file.stem}.png", finding.mask)
         make_folder(out / "overlays")
@@ -120,10 +119,10 @@ def write_findings(out: Path, findings: Mapping[Path, Finding]) -> None:
     _write_csv(out / "predictions.csv", [*header, "fovea_x", "fovea_y"], rows)
 
 
-def write_submission(out: Path, findings: Mapping[Path, Finding]) -> None:
+def write_submission(out: Path, findings: Iterable[tuple[Path, Finding]]) -> None:
     """Writes what REFUGE's evaluation reads."""
     risks, foveas = [], []
-    for file, finding in findings.items():
+    for file, finding in findings:
         assert finding.mask is not None
         assert finding.fovea is not None
         _write_mask(out / "segmentation" / f"{file.stem}.bmp", finding.mask)

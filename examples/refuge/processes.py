@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from errors import InputError
+
 T = TypeVar("T")
+WAIT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,22 @@ class Processes:
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]  # filled now
 
-    @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """Lets the first process go first, so that the others find what it has cached."""
-        if not self.first:
-            self.gather(None)
-        yield
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Makes something on the first process alone, and gives it to all.
+
+        Raises:
+            InputError: On all processes, where the first one could not make it.
+        """
+        made: tuple[T | None, str] = (None, "")
         if self.first:
-            self.gather(None)
+            try:
+                made = (make(), "")
+            except InputError as error:
+                made = (None, str(error))
+        value, reason = self.gather(made)[0]
+        if reason:
+            raise InputError(reason)
+        return value  # type: ignore[return-value]  # None only with a reason
 
 
 @contextmanager
@@ -56,8 +68,11 @@ def start_processes(device: torch.device) -> Iterator[Processes]:
         yield Processes()
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if (rank := int(os.environ["LOCAL_RANK"])) >= (count := torch.cuda.device_count()):
+            raise InputError(f"`--nproc-per-node` must be at most {count}, the GPUs here.")
+        torch.cuda.set_device(rank)
+    # The others wait for the one that reads the photographs.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:

@@ -80,7 +80,7 @@ def missing_ratios(evaluation: Evaluation) -> list[str]:
     if lost == 0 or len(evaluation.predictions.masks) < 2:
         return []
     count = len(evaluation.predictions.ratios)
-    return [f"no disc, so no vCDR, was found on {lost} of {count} test pictures."]
+    return [f"no disc, so no vCDR, was found on {lost} of {count} pictures."]
 
 
 def format_table(metrics: Metrics, size: int) -> str:

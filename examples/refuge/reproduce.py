@@ -14,10 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from checkpoint import make_folder
-from data import load_splits
+from data import describe, load_splits
 from errors import InputError, report_errors
+from methods import build_aggregator
 from runs import open_run
-from settings import RUNS, Parser, Settings, add_flags, complete, read_settings
+from settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
 from study import (
     FinishedRun,
     choose_rates,
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def reproduce(options: argparse.Namespace) -> None:
     """Trains what is missing, then writes tables and figures."""
     given = vars(options)
-    what, out, seeds = given.pop("what"), given.pop("out"), given.pop("seeds")
+    what, home, seeds = given.pop("what"), given.pop("out"), given.pop("seeds")
     methods = given.pop("methods") or METHODS[what]
     rates = given.pop("lr", None) or (RATES if what == "lr-sweep" else (Settings().lr,))
     if what == "table2":
@@ -53,16 +54,14 @@ def reproduce(options: argparse.Namespace) -> None:
     if seeds < 1:
         raise InputError(f"`--seeds` must be at least 1, got {seeds}.")
     base = Settings(**complete(given))
-    source = "synthetic phantoms" if base.data == "phantom" else Path(base.data).name
-    title = f"{source}, {base.epochs} epochs, width {base.width}, {base.size} px"
-    if base.pretrained != "none":
-        title += f", encoder from {Path(base.pretrained).name}"
+    plans = [plan(base, method, lr) for method in methods for lr in rates]
+    out, title = home / what, describe_runs(base)
 
     swept = []
     if what == "lr-sweep" or len(rates) > 1:
-        plans = [replace(base, method=method, lr=lr) for method in methods for lr in rates]
-        swept = [finish(plan, out) for plan in plans]
-        write_rates(out / "lr-sweep.md", f"{title}, seed {base.seed}, test split", swept)
+        swept = [finish(each, home) for each in plans]
+        make_folder(out)
+        write_rates(out / "lr-sweep.md", f"Test split of {title}, seed {base.seed}.", swept)
         write_runs(out / "lr-sweep.csv", swept)
         draw_by_rate(out, swept, title)
         print((out / "lr-sweep.md").read_text(encoding="utf-8"))
@@ -71,26 +70,51 @@ def reproduce(options: argparse.Namespace) -> None:
 
     chosen = choose_rates(swept) if swept else dict.fromkeys(methods, rates[0])
     runs = [
-        finish(replace(base, method=method, lr=lr, seed=base.seed + seed), out)
+        finish(replace(plan(base, method, lr), seed=base.seed + seed), home)
         for method, lr in chosen.items()
         for seed in range(seeds)
     ]
+    make_folder(out)
     write_table(out / f"{what}.md", what, f"Test split of {title}.", runs)
     write_runs(out / f"{what}.csv", runs)
     draw_figures(out, runs, title)
     print((out / f"{what}.md").read_text(encoding="utf-8"))
 
 
-def finish(settings: Settings, out: Path) -> FinishedRun:
+def plan(base: Settings, method: str, lr: float) -> Settings:
+    """Makes the settings of a run, and checks them before the first one has trained for hours.
+
+    Raises:
+        InputError: A setting breaks its rule, or an aggregator cannot be had.
+    """
+    weights = base.weights if method == "joint" else ""
+    settings = replace(base, method=method, lr=lr, weights=weights)
+    settings.check()
+    if method.startswith(AGGREGATED):
+        build_aggregator(method.removeprefix(AGGREGATED))
+    return settings
+
+
+def describe_runs(base: Settings) -> str:
+    """Says what the runs are of, with every setting that is not the default."""
+    usual = asdict(Settings())
+    stated = ("data", "epochs", "width", "size", "method", "lr", "seed", "device", "pretrained")
+    others = {k: v for k, v in asdict(base).items() if k not in stated and v != usual[k]}
+    if base.pretrained != "none":
+        others["encoder from"] = Path(base.pretrained).name
+    text = f"{describe(base.data)}, {base.epochs} epochs, width {base.width}, {base.size} px"
+    return ", ".join([text, *(f"{key.replace('_', ' ')} {v}" for key, v in others.items())])
+
+
+def finish(settings: Settings, home: Path) -> FinishedRun:
     """Trains a run unless its folder shows that it has been, or goes on where it stopped.
 
     Raises:
         InputError: The folder holds a run of other settings.
     """
-    settings.check()
     pretrained = "" if settings.pretrained == "none" else "-pretrained"
     method = settings.method.replace(":", "-")
-    folder = out / "runs" / f"{method}{pretrained}-lr{settings.lr:g}-seed{settings.seed}"
+    folder = home / "runs" / f"{method}{pretrained}-lr{settings.lr:g}-seed{settings.seed}"
     if (folder / "config.json").exists():
         found = asdict(replace(read_settings(folder), device=settings.device))
         for name, value in asdict(settings).items():
@@ -111,7 +135,8 @@ def draw_figures(out: Path, runs: Sequence[FinishedRun], title: str) -> None:
     first = {run.settings.method: run for run in reversed(runs)}
     draw_roc_curves(out / "figure1_roc.png", list(first.values())[::-1], title)
     settings = runs[0].settings
-    test = load_splits(settings.data, settings.size, settings.seed, out / "runs" / ".cache")["test"]
+    cache = runs[0].folder.parent / ".cache"
+    test = load_splits(settings.data, settings.size, settings.seed, cache, ["test"])["test"]
     shown = [run for method in ("independent", "single") if (run := first.get(method))]
     trained = {
         run.settings.method: open_run(run.folder, run.settings.device)[0]

@@ -156,7 +156,9 @@ def _mean_and_deviation(values: Sequence[float | None]) -> str:
     if not numbers:
         return "-"
     text = f"{np.mean(numbers):.2f}"
-    return f"{text} ± {np.std(numbers, ddof=1):.2f}" if len(numbers) > 1 else text
+    if len(numbers) > 1:
+        text += f" ± {np.std(numbers, ddof=1):.2f}"
+    return text if len(numbers) == len(values) else f"{text} ({len(numbers)} of {len(values)})"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

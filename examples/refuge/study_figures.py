@@ -87,12 +87,19 @@ def draw_comparison(
             outline(ax, mask, TRUE, "solid")
         ax.plot(*points[row], "+", color=TRUE, markersize=12, label="truth")
         for method, network in trained.items():
+            colour = COLOURS.get(method, "violet")
             said = summarise([network.ask(batch.images)])
             for mask in said.masks.values():
-                outline(ax, mask[0], COLOURS[method], "solid")
+                outline(ax, mask[0], colour, "solid")
             if said.points is not None:
                 name = NAMES.get(method, method)
-                ax.plot(*said.points[0], "x", color=COLOURS[method], markersize=9, label=name)
+                ax.plot(
+                    *said.points[0],
+                    "x",
+                    color=colour,
+                    markersize=9,
+                    label=name,
+                )
     axes[0].legend(fontsize=8, loc="lower left")
     figure.suptitle(title, fontsize=9)
     save(figure, file)

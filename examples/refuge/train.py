@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import write_json, write_text
-from data import Batch, Photographs, load_splits
+from data import Batch, Photographs, describe, load_splits
 from diagnosis import fit_ratio_classifier
 from errors import InputError
 from evaluation import Trained, evaluate, score
@@ -76,9 +76,10 @@ def train(settings: Settings, out: Path, resume: bool, processes: Processes = AL
         resume: Go on from `last.pt` where there is one.
         processes: Those that train together; each takes its part of every batch.
     """
-    with processes.in_turn():
-        splits = load_splits(settings.data, settings.size, settings.seed, out.parent / ".cache")
-    source = "synthetic phantoms" if settings.data == "phantom" else Path(settings.data).name
+    source, cache = describe(settings.data), out.parent / ".cache"
+    splits = processes.from_first(
+        lambda: load_splits(settings.data, settings.size, settings.seed, cache)
+    )
     pictures = splits["train"]
     iterations = len(pictures) // (settings.batch_size * processes.count)
     if iterations == 0:
@@ -102,6 +103,8 @@ def train(settings: Settings, out: Path, resume: bool, processes: Processes = AL
         "torch": torch.__version__,
     }
     if processes.first:
+        if state.epoch < settings.epochs:
+            (out / "metrics.json").unlink(missing_ok=True)  # Of fewer epochs.
         write_json(out / "config.json", asdict(settings) | facts)
         (out / "figures").mkdir(exist_ok=True)
         draw_pictures(out / "figures" / "pictures.png", pictures)
@@ -192,7 +195,11 @@ def run_epoch(
     order = torch.randperm(len(pictures), generator=state.shuffle)
     size = settings.batch_size
     for rows in order[: iterations * processes.count * size].view(iterations, -1, size):
-        values.append(state.optimizer.step(losses, pictures[rows[processes.rank]].to(device)))
+        batch = pictures[rows[processes.rank]].to(device)
+        try:
+            values.append(state.optimizer.step(losses, batch))
+        except ValueError as error:  # An aggregator that needs every task in every batch.
+            raise InputError(f"`--method {settings.method}`: {error}") from error
         bar.update()
     state.epoch += 1
     row = {"epoch": state.epoch, **_mean_losses(values)}
@@ -209,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request = parse(arguments)
         with start_processes(request.settings.torch_device()) as processes:
             # One process chooses, or each would find another name free.
-            out = processes.gather(claim_folder(request) if processes.first else Path())[0]
+            out = processes.from_first(lambda: claim_folder(request))
             try:
                 train(request.settings, out, request.resume, processes)
             finally:
@@ -217,6 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     out.rmdir()  # Where nothing was written.
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        advice = "try a smaller `--batch-size`, `--size` or `--width`"
+        print(f"train.py: error: the device has too little memory; {advice}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         saved = out and (out / "config.json").exists()

@@ -307,7 +307,7 @@ def drop_column(folder: Path) -> None:
         ),
         (lambda d: (d / "train/index.json").write_text("[" * 10**5), r"index\.json: not readable"),
         (lambda d: (d / "train/index.json").write_bytes(b"\xff"), r"index\.json: not readable"),
-        (keep_one, r"has one training picture; validation needs another one"),
+        (keep_one, r"has no pictures for the val split"),
         (lambda d: (d / "train/index.json").write_text("{"), r"index\.json: not readable as JSON"),
         (lambda d: (d / "train/index.json").write_text("[1]"), r"index\.json: must map numbers"),
         (lambda d: shutil.rmtree(d / "train/seg"), r"train: needs a folder named seg or gts"),

@@ -114,3 +114,9 @@ def test_losses_are_computed_in_single_precision(dtype: torch.dtype) -> None:
     p = 1 / (1 + math.exp(-7))
     # Single precision knows 1 - p, about 1e-3, to four digits.
     assert loss[0].item() == pytest.approx(-((1 - p) ** 2) * math.log(p), rel=1e-3)
+
+
+def test_a_certain_batch_has_a_positive_loss() -> None:
+    """In single precision the focal loss is zero beyond a logit of 17; GradNorm divides by it."""
+    loss = glaucoma_loss(torch.tensor([40.0]), torch.tensor([1]))
+    assert 0 < loss.item() < 1e-37

@@ -50,7 +50,7 @@ def test_evaluate_measures_what_training_ended_with(home: Path, tmp_path: Path) 
     assert evaluate.main([run, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "metrics-test.json").read_text())
     expected = json.loads((home / "run/metrics.json").read_text())
-    measured = found.keys() - {"data", "split", "photographs"}
+    measured = found.keys() - {"data", "split", "photographs", "notes"}
     assert {key: found[key] for key in measured} == {key: expected[key] for key in measured}
     assert "glaucoma_sensitivity" in measured
     assert read_table(tmp_path / "predictions-test.csv") == read_table(
@@ -65,9 +65,10 @@ def test_evaluate_measures_what_training_ended_with(home: Path, tmp_path: Path) 
 def test_evaluate_takes_other_photographs(home: Path, repacked: Path, tmp_path: Path) -> None:
     """How a network does on another camera's pictures."""
     arguments = [str(home / "run"), "--data", str(repacked), "--out", str(tmp_path)]
+    shutil.rmtree(repacked / "train")  # Of no use here.
     assert evaluate.main(arguments) == 0
     found = json.loads((tmp_path / "metrics-test.json").read_text())
-    assert found["data"] == str(repacked)
+    assert found["data"] == "repacked"
     assert [row["photograph"] for row in read_table(tmp_path / "predictions-test.csv")] == [
         f"t{i:02}.jpg" for i in range(4)
     ]
@@ -185,10 +186,20 @@ Program = Callable[[list[str]], int]
         (predict.main, ["{home}/run", "x.jpg"], "required: --out"),
         (evaluate.main, ["{home}/nowhere"], "nowhere/config.json: not readable"),
         (evaluate.main, ["{home}/run", "--split", "best"], "invalid choice: 'best'"),
-        (evaluate.main, ["{home}/run", "--data", "{out}"], "must be a folder or the word"),
+        (evaluate.main, ["{home}/run", "--data", "{home}/data"], "`--data` needs `--out`"),
+        (
+            evaluate.main,
+            ["{home}/run", "--data", "{home}/no", "--out", "{out}"],
+            "must be a folder or the word",
+        ),
         (reproduce.main, ["table3"], "invalid choice: 'table3'"),
         (reproduce.main, ["table1", "--seeds", "0"], "`--seeds` must be at least 1, got 0."),
         (reproduce.main, ["table1", "--methods", "x", "--out", "{out}"], "`--method` must be"),
+        (
+            reproduce.main,
+            ["table1", "--methods", "joint,torchjd:None", "--out", "{out}"],
+            "must name an aggregator of TorchJD, got None",
+        ),
         (reproduce.main, ["table2", "--width", "16", "--out", "{out}"], "`--width` must be 64"),
     ],
 )
@@ -235,19 +246,23 @@ class Counter:
 
 
 def test_a_table_is_made_of_runs_that_are_kept(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    repacked: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of two learning rates the better one on validation; what exists is never trained again."""
     counter = Counter(monkeypatch)
-    out = tmp_path / "study"
-    command = ["table1", "--data", str(home / "data"), *TINY[:-2], "--lr", "0.01", "0.001"]
-    command += ["--methods", "single,independent", "--seeds", "2", "--out", str(out)]
+    home = tmp_path / "study"
+    out = home / "table1"
+    command = ["table1", "--data", str(repacked), *TINY[:-2], "--lr", "0.01", "0.001"]
+    command += ["--methods", "single,independent", "--seeds", "2", "--out", str(home)]
     assert reproduce.main(command) == 0
     chosen = {}
     for method in ("single", "independent"):
         scores = {}
         for lr in ("0.01", "0.001"):
-            run = out / f"runs/{method}-lr{lr}-seed0"
+            run = home / f"runs/{method}-lr{lr}-seed0"
             scores[lr] = json.loads((run / "metrics.json").read_text())["validation_score"]
         chosen[method] = max(scores, key=lambda lr: scores[lr])
     assert counter.folders[:4] == [
@@ -256,9 +271,9 @@ def test_a_table_is_made_of_runs_that_are_kept(
     assert counter.folders[4:] == [f"{method}-lr{lr}-seed1" for method, lr in chosen.items()]
 
     text = (out / "table1.md").read_text(encoding="utf-8")
-    assert text.startswith("Test split of data, 2 epochs, width 2, 32 px.\n")
+    assert text.startswith("Test split of repacked, 2 epochs, width 2, 32 px, batch size 4.\n")
     for method, lr in chosen.items():
-        runs = [out / f"runs/{method}-lr{lr}-seed{seed}/metrics.json" for seed in (0, 1)]
+        runs = [home / f"runs/{method}-lr{lr}-seed{seed}/metrics.json" for seed in (0, 1)]
         values = [100 * json.loads(run.read_text())["disc_dice"] for run in runs]
         cell = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
         name = {"single": "STL (four networks)", "independent": "MTL-IO (independent)"}[method]
@@ -277,7 +292,7 @@ def test_a_table_is_made_of_runs_that_are_kept(
     again = counter.folders.copy()
     assert reproduce.main(command) == 0
     assert counter.folders == again
-    (out / f"runs/single-lr{chosen['single']}-seed1/metrics.json").unlink()
+    (home / f"runs/single-lr{chosen['single']}-seed1/metrics.json").unlink()
     assert reproduce.main(command) == 0
     assert counter.folders == [*again, f"single-lr{chosen['single']}-seed1"]
     assert (out / "table1.md").read_bytes() == before
@@ -288,9 +303,9 @@ def test_a_table_is_made_of_runs_that_are_kept(
 
 
 def test_a_sweep_shows_every_rate(home: Path, tmp_path: Path) -> None:
-    out = tmp_path / "sweep"
+    out = tmp_path / "lr-sweep"
     command = ["lr-sweep", "--data", str(home / "data"), *TINY[:-4], "--epochs", "1"]
-    command += ["--lr", "0.1", "0.01", "--methods", "joint,torchjd:Mean", "--out", str(out)]
+    command += ["--lr", "0.1", "0.01", "--methods", "joint,torchjd:Mean", "--out", str(out.parent)]
     assert reproduce.main(command) == 0
     rows = read_table(out / "lr-sweep.csv")
     assert [(row["method"], row["lr"]) for row in rows] == [
@@ -298,3 +313,16 @@ def test_a_sweep_shows_every_rate(home: Path, tmp_path: Path) -> None:
     ]
     assert (out / "lr-sweep.md").read_text(encoding="utf-8").count("**") == 4
     assert not (out / "table1.md").exists()
+
+
+def test_a_table_of_other_methods_than_the_papers(repacked: Path, tmp_path: Path) -> None:
+    """Every figure is drawn; the weights are for the method that has them."""
+    command = ["table1", "--data", str(repacked), *TINY, "--seeds", "1", "--out", str(tmp_path)]
+    assert reproduce.main([*command, "--methods", "joint,pcgrad", "--weights", "fovea=9"]) == 0
+    assert (tmp_path / "table1/figure4_predictions.png").exists()
+    runs = {method: tmp_path / f"runs/{method}-lr0.01-seed0" for method in ("joint", "pcgrad")}
+    weights = {
+        method: json.loads((run / "config.json").read_text())["weights"]
+        for method, run in runs.items()
+    }
+    assert weights == {"joint": "fovea=9", "pcgrad": ""}

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import figures
 import mtlopt
 import train
 from errors import InputError
@@ -127,6 +128,29 @@ def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: 
                 adam.step()
     for name, value in networks.state_dict().items():
         assert torch.equal(weights(out)[f"networks.{name}"], value), name
+
+
+def test_a_score_that_is_none_replaces_no_better_one() -> None:
+    """A network that diverged cannot be measured; the weights from before stay."""
+    settings = Settings(width=2)
+    state = train.build_state(settings, train.ALONE, None)
+    assert state.improved({"": None}) == [""]
+    assert state.improved({"": 0.5}) == [""]
+    assert state.improved({"": None}) == []
+    assert state.improved({"": 0.4}) == []
+    assert state.best == {"": 0.5}
+
+
+def test_learning_curves_have_what_validation_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which begins with the fifth epoch."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, _: drawn.append(figure))
+    row: dict[str, float] = {"epoch": 1, "loss_disc": 0.5}
+    history = [row, {"epoch": 2, "loss_disc": 0.4, "score": 0.6, "val_disc_dice": 0.7}]
+    figures.draw_learning_curves(tmp_path / "curves.png", history, "data")
+    assert [len(ax.lines) for ax in drawn[0].axes] == [1, 2]
 
 
 def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
