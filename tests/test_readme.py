@@ -73,11 +73,13 @@ def surroundings() -> dict[str, Any]:
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
     names: dict[str, Any] = {"__name__": page.stem}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for block in blocks(page, "python"):
+    for number, block in enumerate(blocks(page, "python")):
         if block.lstrip().startswith(">>>"):
-            test = doctest.DocTestParser().get_doctest(block, names, page.name, str(page), 0)
+            # Names that differ, or doctest takes an earlier block's lines for this one's.
+            name = f"{page.name} {number}"
+            test = doctest.DocTestParser().get_doctest(block, names, name, str(page), 0)
+            test.globs = names  # not a copy: a function of an earlier block sees later names
             assert runner.run(test, clear_globs=False).failed == 0
-            names.update(test.globs)  # the doctest works on a copy
         else:
             exec(compile(block, str(page), "exec"), names)
 
