@@ -118,8 +118,8 @@ def test_a_page_names_only_what_exists(page: Path) -> None:
 def test_a_page_names_only_tests_that_exist() -> None:
     named = [
         match
-        for page in PAGES
-        for match in re.findall(r"\b(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8"))
+        for text in (page.read_text(encoding="utf-8") for page in PAGES)
+        for match in re.findall(r"\b(tests/[\w/]+\.py)(?:::(\w+))?", text)
     ]
     assert len(named) > 20
     for file, test in named:

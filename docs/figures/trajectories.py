@@ -72,13 +72,14 @@ def draw(ax: Axes, scale: float, noise: float) -> None:
     ax.plot(*front.T.numpy(), color="tab:green", linewidth=5, alpha=0.35, label="compromises")
     for method, color in COLORS.items():
         points = train(method, scales, noise)
-        print(f"x {scale}, noise {noise}, {method}:", [round(float(value), 2) for value in points[-1]])
+        end = ", ".join(f"{value:.2f}" for value in points[-1].tolist())
+        print(f"x {scale}, noise {noise}, {method}: ({end})")
         ax.plot(*points.T.numpy(), color=color, linewidth=1.6, label=method)
         ax.plot(*points[-1].numpy(), "o", color=color, markersize=7)
     for task in TASKS:
-        at = MINIMA[task].tolist()
-        ax.plot(*at, "x", color="black", markersize=7)
-        ax.annotate(task, at, (0, 8), textcoords="offset points", ha="center")
+        at_x, at_y = MINIMA[task].tolist()
+        ax.plot(at_x, at_y, "x", color="black", markersize=7)
+        ax.annotate(task, (at_x, at_y), (0, 8), textcoords="offset points", ha="center")
     title = f"second loss × {scale:g}" + (", noisy gradients" if noise else "")
     ax.set(title=title, xlabel="$w_1$", aspect="equal")
 
