@@ -79,7 +79,9 @@ def conflicts(
     tasks: Iterable[Task],
     *batch: Any,
 ) -> ConflictReport:
-    """Measures how the tasks' gradients conflict at the present weights, and moves nothing.
+    """Measures how the tasks' gradients conflict at the present weights, which stay as they are.
+
+    It runs one forward pass: in training mode batch norm notes its statistics and dropout draws.
 
     Args:
         losses: Function ``losses(tasks, *batch)``, called once for all tasks, or ready losses.

@@ -114,8 +114,8 @@ def write_table(file: Path, name: str, title: str, runs: Sequence[FinishedRun]) 
     write_text(
         file,
         f"{title}\n\n{_markdown([*header, 'learning rate', 'seeds'], rows)}\n\n"
-        "As published, on REFUGE, which these are not the photographs of unless the line above "
-        f"says so:\n\n{_markdown(header, published)}\n",
+        "As published, on REFUGE's photographs, with width 64 and 256 px:\n\n"
+        f"{_markdown(header, published)}\n",
     )
 
 

@@ -64,7 +64,8 @@ def draw_by_rate(out: Path, runs: Sequence[FinishedRun], title: str) -> None:
         above.set(xscale="log", ylabel=COLUMNS[column])
         below.set(xscale="log", yscale="log", ylabel=f"{task} loss after training")
     for figure, file in ((metrics, "figure2_metrics.png"), (losses, "figure3_loss.png")):
-        figure.axes[0].legend(fontsize=7)
+        lines = figure.axes[0].lines
+        figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8)
         for ax in figure.axes:
             ax.set_xlabel("learning rate")
         save(figure, out / file)
