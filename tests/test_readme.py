@@ -126,6 +126,14 @@ def test_a_page_names_only_tests_that_exist() -> None:
         assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
 
 
+def test_the_benchmarks_page_has_every_file_of_results() -> None:
+    """The tables are the files, so none is typed or forgotten."""
+    included = re.findall(
+        r"benchmarks/results/(\S+\.md)", (ROOT / "docs/benchmarks.md").read_text()
+    )
+    assert sorted(included) == sorted(f.name for f in (ROOT / "benchmarks/results").iterdir())
+
+
 def test_the_table_lists_every_method() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     methods = {
