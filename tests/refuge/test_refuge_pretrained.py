@@ -9,6 +9,7 @@ import torch
 import torchvision  # type: ignore[import-untyped]  # not typed
 from safetensors.torch import save_file
 
+import reproduce
 import train
 from checkpoint import read_json
 from errors import InputError
@@ -150,3 +151,20 @@ def test_a_run_starts_from_a_file_and_resumes_without_it(
     capsys.readouterr()
     assert train.main([*map(str, flags), "--pretrained", str(file)]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"train.py: error: {file}: not a")
+
+
+@pytest.mark.slow
+def test_table_2_is_of_networks_that_start_from_such_weights(
+    repacked: Path, tmp_path: Path
+) -> None:
+    """Width 64 by itself; the published numbers beside are Table 2's."""
+    save_vgg(tmp_path / "vgg.pth", "vgg13")
+    command = ["table2", "--data", str(repacked), "--pretrained", str(tmp_path / "vgg.pth")]
+    command += ["--size", "32", "--epochs", "1", "--seeds", "1", "--methods", "independent"]
+    assert reproduce.main([*command, "--out", str(tmp_path)]) == 0
+    config = read_json(tmp_path / "runs/independent-pretrained-lr0.001-seed0/config.json")
+    assert (config["pretrained"], config["width"]) == (str(tmp_path / "vgg.pth"), 64)
+    text = (tmp_path / "table2/table2.md").read_text(encoding="utf-8")
+    assert "encoder from vgg.pth" in text
+    assert "96.15 ± 0.14" in text
+    assert "92.61 ± 0.38" not in text
