@@ -112,7 +112,7 @@ def test_an_empty_disc_silences_the_ratio_classifier_alone(repacked: Path) -> No
     assert evaluation.metrics["vcdr_error"] is None
     assert evaluation.metrics["glaucoma_auc_vcdr"] is None
     assert evaluation.metrics["glaucoma_auc"] == 0.5
-    assert missing_ratios(evaluation) == ["no disc, so no vCDR, was found on 4 of 4 test pictures."]
+    assert missing_ratios(evaluation) == ["no disc, so no vCDR, was found on 4 of 4 pictures."]
 
 
 def test_the_diagnosis_is_the_average_of_both_classifiers(repacked: Path) -> None:
