@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +58,13 @@ def make_folder(folder: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Writes UTF-8 text, whole or not at all."""
     write_whole(file, lambda opened: opened.write(text.encode()))
+
+
+def write_csv(file: Path, header: Iterable[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table, whole or not at all; a cell of None is empty."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([list(header), *rows])
+    write_text(file, text.getvalue())
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

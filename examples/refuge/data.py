@@ -23,9 +23,8 @@ from network import TASKS
 from phantoms import phantom_records
 from records import Record
 from released import is_released, released_records
-from repacked import is_repacked, repacked_records
+from repacked import SPLITS, is_repacked, repacked_records
 
-SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share that validates where no split does; a small set needs the rest to train
 
 

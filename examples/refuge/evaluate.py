@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint import make_folder, write_json
-from data import SPLITS, describe, load_splits
+from data import describe, load_splits
 from errors import InputError, report_errors
 from evaluation import evaluate
+from repacked import SPLITS
 from report import format_table, missing_ratios, write_predictions
 from runs import open_run
 from settings import Parser, complete

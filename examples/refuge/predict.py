@@ -8,13 +8,10 @@ reads: segmentation/NAME.bmp, classification_results.csv and fovea_localization_
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import make_folder, write_text, write_whole
+from checkpoint import make_folder, write_csv, write_whole
 from data import shrink
 from errors import InputError, report_errors
 from evaluation import Trained, diagnose, summarise
@@ -115,8 +112,9 @@ def write_findings(out: Path, findings: Iterable[tuple[Path, Finding]]) -> None:
         p = finding.probabilities
         numbers = (p["both"], p["fc"], p["vcdr"], finding.ratio, x, y)
         rows.append([file.name, *map(_number, numbers)])
+    make_folder(out)
     header = ["photograph", "probability", "probability_fc", "probability_vcdr", "vcdr"]
-    _write_csv(out / "predictions.csv", [*header, "fovea_x", "fovea_y"], rows)
+    write_csv(out / "predictions.csv", [*header, "fovea_x", "fovea_y"], rows)
 
 
 def write_submission(out: Path, findings: Iterable[tuple[Path, Finding]]) -> None:
@@ -128,9 +126,10 @@ def write_submission(out: Path, findings: Iterable[tuple[Path, Finding]]) -> Non
         _write_mask(out / "segmentation" / f"{file.stem}.bmp", finding.mask)
         risks.append([file.name, _number(finding.probabilities["both"])])
         foveas.append([file.name, *map(_number, finding.fovea)])
-    _write_csv(out / "classification_results.csv", ["Filename", "Glaucoma Risk"], risks)
+    make_folder(out)
+    write_csv(out / "classification_results.csv", ["Filename", "Glaucoma Risk"], risks)
     columns = ["ImageName", "Fovea_X", "Fovea_Y"]
-    _write_csv(out / "fovea_localization_results.csv", columns, foveas)
+    write_csv(out / "fovea_localization_results.csv", columns, foveas)
 
 
 def draw(file: Path, name: str, finding: Finding) -> None:
@@ -163,13 +162,6 @@ def _write_mask(file: Path, mask: NDArray[np.uint8]) -> None:
     make_folder(file.parent)
     form = file.suffix.removeprefix(".")
     write_whole(file, lambda opened: Image.fromarray(mask).save(opened, format=form))
-
-
-def _write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    make_folder(file.parent)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(file, text.getvalue())
 
 
 def _number(value: float | None) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoint import write_json, write_text
+from checkpoint import write_csv, write_json
 from data import Photographs
 from evaluation import Evaluation, Metrics
 from figures import History, draw_learning_curves, draw_overlays, draw_roc
@@ -65,13 +63,11 @@ def write_predictions(file: Path, photographs: Photographs, evaluation: Evaluati
     if predictions.points is not None:
         columns["fovea_x"], columns["fovea_y"] = predictions.points.T
         columns["true_fovea_x"], columns["true_fovea_y"] = photographs.input_points().numpy().T
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["photograph", *columns])
-    for name, *values in zip(photographs.names, *columns.values(), strict=True):
-        shown = ["" if np.isnan(value) else f"{value:.6g}" for value in values]
-        writer.writerow([name, *shown])
-    write_text(file, text.getvalue())
+    rows = [
+        [name, *("" if np.isnan(value) else f"{value:.6g}" for value in values)]
+        for name, *values in zip(photographs.names, *columns.values(), strict=True)
+    ]
+    write_csv(file, ["photograph", *columns], rows)
 
 
 def missing_ratios(evaluation: Evaluation) -> list[str]:

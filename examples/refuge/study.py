@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint import read_json, write_text
+from checkpoint import read_json, write_csv, write_text
 from settings import Settings
 
 NAMES = {
@@ -122,14 +120,11 @@ def write_table(file: Path, name: str, title: str, runs: Sequence[FinishedRun]) 
 def write_runs(file: Path, runs: Sequence[FinishedRun]) -> None:
     """Writes a row per run, with everything that was measured, as CSV."""
     keys = [key for key in runs[0].metrics if key not in ("data", "notes")]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "lr", "seed", *keys])
-    for run in runs:
-        settings = run.settings
-        values = [run.metrics[key] for key in keys]
-        writer.writerow([settings.method, settings.lr, settings.seed, *values])
-    write_text(file, text.getvalue())
+    rows = [
+        [run.settings.method, run.settings.lr, run.settings.seed, *(run.metrics[k] for k in keys)]
+        for run in runs
+    ]
+    write_csv(file, ["method", "lr", "seed", *keys], rows)
 
 
 def write_rates(file: Path, title: str, runs: Sequence[FinishedRun]) -> None:

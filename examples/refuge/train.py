@@ -10,8 +10,6 @@ if __name__ == "__main__":
     early = b"train.py: interrupted; nothing was written\n"
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, early), os._exit(130)))
 
-import csv
-import io
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import write_json, write_text
+from checkpoint import write_csv, write_json
 from data import Batch, Photographs, describe, load_splits
 from diagnosis import fit_ratio_classifier
 from errors import InputError
@@ -132,7 +130,9 @@ def train(settings: Settings, out: Path, resume: bool, processes: Processes = AL
                         save_best(out, state.network, state.epoch, improved, learned, classifier)
             state.save(file, processes)
             if processes.first:
-                write_text(out / "history.csv", _to_csv(state.history))
+                columns = list(dict.fromkeys(c for row in state.history for c in row))
+                rows = [[row.get(column) for column in columns] for row in state.history]
+                write_csv(out / "history.csv", columns, rows)
 
     if not processes.first:
         return
@@ -244,15 +244,6 @@ def _mean_losses(values: Sequence[Mapping[str, Tensor]]) -> dict[str, float | No
         seen = [each[task] for each in values if task in each]
         means[f"loss_{task}"] = torch.stack(seen).mean().item() if seen else None
     return means
-
-
-def _to_csv(history: Sequence[Mapping[str, Any]]) -> str:
-    columns = {column: None for row in history for column in row}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue()
 
 
 if __name__ == "__main__":
