@@ -1,6 +1,9 @@
 """Sphinx configuration: `make docs` builds with warnings as errors and without the network."""
 
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import mtlopt
@@ -16,11 +19,18 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",  # equations without a network
+    "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "study"]  # Tables that a page includes.
+exclude_patterns = ["_build", "figures", "study"]  # Tables that a page includes.
 
 html_theme = "furo"
 html_title = f"mtlopt {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -37,6 +47,27 @@ nitpick_ignore_regex = [
     # Other projects' names would need their inventories, and so the network.
     ("py:.*", r"(torch|torchjd|matplotlib|collections|typing)\..*"),
 ]
+
+
+ROOT = Path(__file__).parents[1]
+FIGURES = {  # What figures/*.py write, and what they read beside the package
+    "gradient_norms.md": "examples/refuge/*.py",
+    "gradnorm_toy.png": "tests/gradnorm_toy.py",
+    "tour.png": "docs/getting-started.md",
+    "trajectories.png": "docs/figures/trajectories.py",
+}
+
+
+def draw_figures(app: Any) -> None:
+    """Draws each figure that is missing, or older than the code that it shows."""
+    for name, sources in FIGURES.items():
+        product = ROOT / "docs/figures" / name
+        script = product.with_suffix(".py")
+        read = [script, *ROOT.glob("mtlopt/*.py"), *ROOT.glob(sources)]
+        newest = max(file.stat().st_mtime for file in read)
+        if not product.exists() or product.stat().st_mtime < newest:
+            print(f"drawing {name}")
+            subprocess.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL)
 
 
 def require_every_public_name(app: Any, env: Any) -> None:
@@ -65,5 +96,6 @@ def show_public_bases(app: Any, name: str, obj: type, options: Any, bases: list[
 
 def setup(app: Any) -> None:
     """Registers the functions above."""
+    app.connect("builder-inited", draw_figures)
     app.connect("autodoc-process-bases", show_public_bases)
     app.connect("env-check-consistency", require_every_public_name)

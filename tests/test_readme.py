@@ -25,6 +25,7 @@ PAGES = [
     *sorted(page for page in DOCS.rglob("*.md") if not set(OTHERS) & set(page.parents)),
 ]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -70,10 +71,22 @@ def surroundings() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
+def test_the_code_of_a_page_runs_from_top_to_bottom(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And prints what stands in the block of output behind it."""
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": page.stem}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for number, block in enumerate(blocks(page, "python")):
+    printed = ""
+    for number, (language, block) in enumerate(FENCE.findall(page.read_text(encoding="utf-8"))):
+        if language == "output":
+            assert printed == block
+        if language != "python":
+            continue
         if block.lstrip().startswith(">>>"):
             # Names that differ, or doctest takes an earlier block's lines for this one's.
             name = f"{page.name} {number}"
@@ -81,7 +94,9 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
             test.globs = names  # not a copy: a function of an earlier block sees later names
             assert runner.run(test, clear_globs=False).failed == 0
         else:
+            capsys.readouterr()
             exec(compile(block, str(page), "exec"), names)
+            printed = capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sign", ["-", "+"])
@@ -113,6 +128,13 @@ def test_a_page_names_only_what_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     names = set(re.findall(r"\bmtlopt\.([A-Za-z]\w*)", text))
     assert all(hasattr(mtlopt, name) for name in names), names
+
+
+def test_the_readme_links_only_to_files_that_exist() -> None:
+    """The build of the documentation checks the other pages."""
+    links = LINK.findall(FENCE.sub("", README.read_text(encoding="utf-8")))
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_a_page_names_only_tests_that_exist() -> None:

@@ -1,14 +1,12 @@
-"""Prints how the tasks of the glaucoma study differ in loss and gradient, at the first weights.
-
-python docs/figures/gradient_norms.py
-"""
+"""Writes gradient_norms.md: how the glaucoma study's tasks differ at the first weights."""
 
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "refuge"))
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parents[1] / "examples" / "refuge"))
 import mtlopt
 from data import load_splits
 from methods import build_network
@@ -27,8 +25,12 @@ for _ in range(10):
     found = losses(TASKS, batch)
     values.append(torch.stack([found[task][0].detach() for task in TASKS]))
     norms.append(mtlopt.conflicts(found, network.encoder.parameters(), TASKS).norms)
-for task, value, norm in zip(TASKS, sum(values) / 10, sum(norms) / 10, strict=True):
-    print(f"{task:9} loss {value:.3f}  gradient norm over the encoder {norm:.3f}")
+rows = {"": TASKS, "---": ["---"] * len(TASKS)}
+for name, of_batches in (("loss", values), ("gradient norm over the encoder", norms)):
+    rows[name] = [f"{value:.2g}" for value in (sum(of_batches) / 10).tolist()]
 points = load_splits("phantom", settings.size, 0, wanted=["test"])["test"].input_points()
 away = (points - (settings.size - 1) / 2).norm(dim=1).mean() * 256 / settings.size
-print(f"The picture's centre is {away:.0f} px of 256 from the fovea.")
+(HERE / "gradient_norms.md").write_text(
+    "".join(f"| {' | '.join([name, *cells])} |\n" for name, cells in rows.items())
+    + f"\nA guess of the picture's centre is {away:.0f} px of 256 away from the fovea.\n"
+)

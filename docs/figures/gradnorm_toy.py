@@ -1,7 +1,4 @@
-"""Draws docs/_static/gradnorm_toy.png: half a minute on one core.
-
-python docs/figures/gradnorm_toy.py
-"""
+"""Draws gradnorm_toy.png: half a minute on one core."""
 
 import sys
 from pathlib import Path
@@ -10,9 +7,8 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parents[2]
-# The problem is the test's; the package may not be installed.
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# The problem is the test's.
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from gradnorm_toy import GradNormToy  # noqa: E402  # found through the line above
 
 STEPS, EVERY = 600, 20
@@ -43,7 +39,7 @@ def main() -> None:
     axes[0, 0].set_ylabel("test loss / initial, mean over tasks")
     axes[1, 0].set_ylabel("GradNorm's weights")
     axes[0, 1].legend(loc="upper right")
-    figure.savefig(ROOT / "docs/_static/gradnorm_toy.png", dpi=130)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":

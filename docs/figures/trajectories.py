@@ -1,9 +1,5 @@
-"""Draws docs/_static/trajectories.png: half a minute on one core.
+"""Draws trajectories.png: half a minute on one core."""
 
-python docs/figures/trajectories.py
-"""
-
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,9 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # The package may not be installed.
-import mtlopt  # noqa: E402  # found through the line above
+import mtlopt
 
 TASKS = ("first", "second")
 MINIMA = {"first": torch.tensor([1.0, 2.0]), "second": torch.tensor([3.0, 0.4])}
@@ -72,8 +66,6 @@ def draw(ax: Axes, scale: float, noise: float) -> None:
     ax.plot(*front.T.numpy(), color="tab:green", linewidth=5, alpha=0.35, label="compromises")
     for method, color in COLORS.items():
         points = train(method, scales, noise)
-        end = ", ".join(f"{value:.2f}" for value in points[-1].tolist())
-        print(f"x {scale}, noise {noise}, {method}: ({end})")
         ax.plot(*points.T.numpy(), color=color, linewidth=1.6, label=method)
         ax.plot(*points[-1].numpy(), "o", color=color, markersize=7)
     for task in TASKS:
@@ -92,7 +84,7 @@ def main() -> None:
         draw(ax, scale, noise)
     axes[0].set_ylabel("$w_2$")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(ROOT / "docs/_static/trajectories.png", dpi=130)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":
