@@ -115,7 +115,10 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
                 tasks have stepped then.
         """
         if closure is not None:
-            raise TypeError("`closure` must be None: each task has a loss of its own in `losses`.")
+            raise TypeError(
+                "`closure` must be None: each task has a loss of its own in `losses`. Where a "
+                "framework passes one, choose its manual optimization."
+            )
         batches = self._batches(losses, batch, micro_batches)
         function = cast(LossesFunction, losses)
         values: dict[str, Tensor] = {}

@@ -1,8 +1,7 @@
 """MultiTaskOptimizer: what every method shares, in one contract with torch."""
 
-import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mtlopt._closure import needs_closure
 from mtlopt._distributed import broadcast_parameters, is_sharded
 from mtlopt._losses import LossesFunction, ReadyLosses, Task, check_tasks
 
@@ -37,6 +37,8 @@ class MultiTaskOptimizer(Optimizer):
         process_group: dist.ProcessGroup | None,
     ) -> None:
         self._tasks = check_tasks(tasks)
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"`scaler` must be a torch.amp.GradScaler, got {scaler!r}.")
         self.scaler = scaler
         self.check_finite = check_finite
         self.process_group = process_group
@@ -155,10 +157,12 @@ class MultiTaskOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         owners = (self, *self._inner_optimizers())
         kept = [dict(vars(owner)) for owner in owners]
+        options = [own.defaults.keys() & own.param_groups[0] for own in self._inner_optimizers()]
         drawn = None if self.generator is None else self.generator.get_state()
         try:
             self._check_state(state_dict)
             self._restore_state(state_dict)
+            self._check_hyperparameters(options)
             saved = state_dict.get("mtlopt", {}).get("generator")
             if self.generator is not None and saved is not None:
                 # A generator's state stays on the CPU, wherever `map_location` put it.
@@ -211,12 +215,22 @@ class MultiTaskOptimizer(Optimizer):
         saved = state_dict.get("mtlopt")
         if saved is None:
             return
-        if self.generator is not None:
-            saved["generator"].cpu()
         for entry, value in self._identity().items():
             if _as_lists(saved.get(entry)) != _as_lists(value):
                 raise ValueError(
                     f"`state_dict` must be of the same {entry}: {value}, got {saved.get(entry)}."
+                )
+        if self.generator is not None:
+            saved["generator"].cpu()
+
+    def _check_hyperparameters(self, options: list[set[str]]) -> None:
+        """Refuses the state of a plain optimizer of another class, which torch would take."""
+        for inner, expected in zip(self._inner_optimizers(), options, strict=True):
+            missing = {key for group in inner.param_groups for key in expected - group.keys()}
+            if missing:
+                raise ValueError(
+                    "`state_dict` must be of the same class of optimizer, "
+                    f"{type(inner).__name__}, got one without {sorted(missing)}."
                 )
 
     # Copies and pickles.
@@ -239,43 +253,6 @@ class MultiTaskOptimizer(Optimizer):
         memo[id(self)] = copy
         copy.__setstate__(deepcopy(self.__getstate__(), memo))
         return copy
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's `step` cannot do without a closure, as LBFGS's."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def repeat(
-    values: dict[str, Tensor],
-    again: Callable[[], dict[str, Tensor]],
-    objective: Callable[[dict[str, Tensor]], Tensor],
-    parameters: Sequence[Tensor],
-) -> Callable[[], Any]:
-    """Makes a closure in torch's sense of a gradient that has been taken once already.
-
-    Args:
-        values: The losses of the first evaluation, whose gradient is in `.grad`.
-        again: Takes the gradient anew and returns the losses there.
-        objective: Makes of the losses what the gradient is the gradient of.
-        parameters: What the gradient was taken with respect to.
-    """
-    first = [values]
-    versions = [parameter._version for parameter in parameters]
-
-    def closure() -> Tensor:
-        # Some classes move the parameters before they ask (schedule-free's closure classes).
-        stale = versions != [parameter._version for parameter in parameters]
-        present = again() if stale or not first else first.pop()
-        if present.keys() != values.keys():
-            raise ValueError(
-                "`losses` must bring the same tasks at every evaluation of one step, "
-                f"{list(values)}, got {list(present)}."
-            )
-        return objective(present)
-
-    return closure
 
 
 def _extras(optimizer: Optimizer) -> dict[str, Any]:

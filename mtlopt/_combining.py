@@ -1,5 +1,6 @@
 """CombiningOptimizer: the methods that make one step of all tasks' gradients."""
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt import _gradients
-from mtlopt._base import repeat
+from mtlopt._closure import repeat
 from mtlopt._collect import Forwards, collect
 from mtlopt._distributed import all_ranks, check_reduced, is_sharded
 from mtlopt._gradients import Gradients
@@ -36,6 +37,7 @@ class CombiningOptimizer(WrappedOptimizer):
             raise ValueError(f"`forwards` must be 'joint' or 'per-task', got {forwards!r}.")
         self.forwards = forwards
         self._checked = False
+        self._combined = self._warned = False
         self._broadcast(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -117,6 +119,7 @@ class CombiningOptimizer(WrappedOptimizer):
             if batch or micro_batches is not None:
                 raise TypeError("`losses` must be given with a batch, got None.")
             result: Any = self.base.step() if closure is None else self.base.step(closure)
+            self._warn_unless_combined()
             self._stepped(None)
             return result  # type: ignore[no-any-return]  # torch's form returns torch's value
         if closure is not None:
@@ -143,6 +146,7 @@ class CombiningOptimizer(WrappedOptimizer):
             losses: Mapping from task to a scalar loss, (loss, count) or None, of one forward pass.
         """
         self._add_gradient(losses, [()], as_it_arrives)
+        self._combined = True
 
     @torch.enable_grad()
     def _fresh_gradient(
@@ -150,6 +154,29 @@ class CombiningOptimizer(WrappedOptimizer):
     ) -> dict[str, Tensor]:
         self.zero_grad()
         return self._add_gradient(losses, batches, self._scale)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as the wrapped optimizer does."""
+        super().zero_grad(set_to_none)
+        self._combined = False
+
+    def _is_sum(self) -> bool:
+        """Whether the method's gradient is the one that `sum(losses).backward()` makes."""
+        return False
+
+    def _warn_unless_combined(self) -> None:
+        combined, self._combined = self._combined, False
+        if combined or self._warned or self._is_sum():
+            return
+        if any(parameter.grad is not None for parameter in self._parameters):
+            self._warned = True
+            warnings.warn(
+                f"`step` of {type(self).__name__} without losses applied gradients that it did "
+                "not make: call `optimizer.backward(losses)` in the place of "
+                "`sum(losses).backward()`, or `optimizer.step(losses, *batch)`. A framework that "
+                "takes the backward pass itself makes the plain sum of every method.",
+                stacklevel=3,
+            )
 
     def _check_reduced(self) -> None:
         """Makes sure, at the first step, that the ranks' gradients are one."""

@@ -109,7 +109,7 @@ def conflicts(
                 [-0.6000,  1.0000]], dtype=torch.float64)
     """
     names = check_tasks(tasks)
-    parameters = [parameter for parameter in params if parameter.requires_grad]
+    parameters = [p for p in _gradients.check_parameters("params", params) if p.requires_grad]
     if not parameters:
         raise ValueError("`params` must hold at least one that requires a gradient, got none.")
     _, collected = collect(

@@ -1,7 +1,7 @@
 """Per-task gradients as lists beside the parameters; None where a task does not reach one."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -12,6 +12,17 @@ BLOCK = 2**20
 """Numbers that a processor takes at once, of all tasks together: they fit its cache."""
 CHUNK = 2**12
 """Numbers per task that one product sums, so that a processor's cores share a long sum."""
+
+
+def check_parameters(argument: str, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the parameters as a list, or says what was given in their place."""
+    given = parameters
+    if isinstance(given, (Tensor, Mapping)) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"`{argument}` must be an iterable of parameters, such as `layer.parameters()`, "
+            f"got a {type(given).__name__}."
+        )
+    return list(given)
 
 
 def differentiate(
@@ -75,7 +86,18 @@ def partial(loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
 
 
 def explain(error: RuntimeError) -> None:
-    """Says what to do where torch refused a second backward pass through a compiled graph."""
+    """Says what to do where torch refused a second backward pass through a graph."""
+    if "backward through the graph a second time" in str(error):
+        raise RuntimeError(
+            "A loss shares a graph with one whose backward pass has been taken. The forward pass "
+            "belongs inside `losses(tasks, *batch)`, which is called anew for every gradient that "
+            "needs one; ready losses are good for one step."
+        ) from error
+    if "marked ready only once" in str(error) or "marked as ready twice" in str(error):
+        raise RuntimeError(
+            "A model wrapped in DistributedDataParallel takes one backward pass per forward pass: "
+            "give the methods that combine gradients the bare model, and `process_group=`."
+        ) from error
     if "donated" in str(error):
         raise RuntimeError(
             "A compiled model takes one backward pass per forward pass: choose "

@@ -113,7 +113,7 @@ class GradNorm(CombiningOptimizer):
             process_group=process_group,
         )
         self._refuse_closures()
-        self.shared = list(shared)
+        self.shared = _gradients.check_parameters("shared", shared)
         self.alpha = alpha
         self.weight_lr = weight_lr
         self._check_options(initial_losses or {})

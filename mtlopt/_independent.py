@@ -141,7 +141,10 @@ class IndependentOptimizer(Panel):
                 "sequential" the earlier tasks have stepped then.
         """
         if closure is not None:
-            raise TypeError("`closure` must be None: each task has a loss of its own in `losses`.")
+            raise TypeError(
+                "`closure` must be None: each task has a loss of its own in `losses`. Where a "
+                "framework passes one, choose its manual optimization."
+            )
         if self.schedule == "simultaneous" and losses is not None:
             return self._step_simultaneously(losses, list_batches(losses, batch, micro_batches))
         batches = self._batches(losses, batch, micro_batches)

@@ -80,16 +80,20 @@ class JointOptimizer(CombiningOptimizer):
             process_group=process_group,
         )
         names = names_of(*self.tasks)
-        unknown = [name for name in weights or {} if name not in names]
+        weights = _check_weights(weights)
+        unknown = [name for name in weights if name not in names]
         if unknown:
             raise ValueError(
                 f"`weights` must name tasks among {list(names)}, got {unknown} beside them."
             )
-        self.weights = {name: (weights or {}).get(name, 1.0) for name in names}
+        self.weights = {name: weights.get(name, 1.0) for name in names}
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns nothing: one backward pass of the sum tells no task from another."""
         return {}
+
+    def _is_sum(self) -> bool:
+        return all(weight == 1 for weight in self.weights.values())
 
     def _objective(self, values: dict[str, Tensor]) -> Tensor:
         return sum_tensors([weighted(value, self.weights[k]) for k, value in values.items()])
@@ -147,3 +151,12 @@ class JointOptimizer(CombiningOptimizer):
         for name in values:
             self._add(_gradients.scaled(collected.pop(name), self.weights[name]))
         return values
+
+
+def _check_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+    try:
+        return {name: float(weight) for name, weight in dict(weights or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`weights` must be a mapping from task to number, got {weights!r}."
+        ) from error

@@ -27,15 +27,16 @@ def names_of(*tasks: Task) -> tuple[str, ...]:
 
 def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
     """Returns the tasks as a tuple, or says what is wrong with them."""
-    if isinstance(tasks, str):
-        raise TypeError(f"`tasks` must be an iterable of names, got the string {tasks!r}.")
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        raise TypeError(f"`tasks` must be an iterable of names, got {tasks!r}.")
     checked = tuple(tuple(task) if isinstance(task, list) else task for task in tasks)
     if not checked:
         raise ValueError("`tasks` must name at least one task, got none.")
     for task in checked:
         if task == () or not all(isinstance(name, str) for name in names_of(task)):
             raise TypeError(
-                f"`tasks` must hold names or non-empty tuples of names (a group), got {task!r}."
+                "`tasks` must hold names or non-empty tuples of names (a group), got "
+                f"{'a ' + type(task).__name__ if isinstance(task, Tensor) else repr(task)}."
             )
     names = names_of(*checked)
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -92,7 +93,9 @@ def evaluate(
     unknown = [name for name in found if name not in names]
     if unknown:
         raise ValueError(
-            f"`losses` must bring only the tasks asked for, {list(names)}, got {list(found)}."
+            f"`losses` must bring only the tasks asked for, {list(names)}, got {list(found)}. "
+            "Where a model computes everything: "
+            "return {task: everything[task] for task in tasks}."
         )
     present = {}
     for name in names:

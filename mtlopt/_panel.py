@@ -128,16 +128,16 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         """Sets all gradients to None.
 
         Args:
-            set_to_none: Must be True: a zero gradient would move the other tasks' heads, by
-                their moments and weight decay.
+            set_to_none: Must be True: with a zero gradient, weight decay would move every head in
+                every task's step, and each task's optimizer would hold states for all heads.
 
         Raises:
             ValueError: If `set_to_none` is False.
         """
         if not set_to_none:
             raise ValueError(
-                "`set_to_none` must be True, got False: with zero gradients in their heads the "
-                "tasks would move each other's heads."
+                "`set_to_none` must be True, got False: with zero gradients weight decay would "
+                "move every head in every task's step."
             )
         super().zero_grad()
 
@@ -248,6 +248,12 @@ def _copied_state(state_dict: dict[str, Any]) -> dict[str, Any]:
 def _build(
     optimizer_class: Callable[..., Optimizer], params: Any, options: dict[str, Any]
 ) -> Optimizer:
+    if isinstance(optimizer_class, Optimizer):
+        name = type(optimizer_class).__name__
+        raise TypeError(
+            f"`optimizer_class` must be a class, got an instance of {name}: "
+            f"IndependentOptimizer({name}, params, tasks, lr=...) makes one for each task."
+        )
     if isinstance(params, list):
         params = [_copied_group(item) if isinstance(item, dict) else item for item in params]
     optimizer = optimizer_class(params, **copied(options))

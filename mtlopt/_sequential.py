@@ -1,6 +1,6 @@
 """SequentialOptimizer: the methods that step through the tasks in turn."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt import _gradients
-from mtlopt._base import MultiTaskOptimizer, repeat
+from mtlopt._base import MultiTaskOptimizer
+from mtlopt._closure import repeat
 from mtlopt._distributed import (
     agree,
     all_ranks,
@@ -83,11 +84,16 @@ class SequentialOptimizer(MultiTaskOptimizer):
     ) -> Batches:
         if losses is None:
             raise TypeError(self._without_losses)
-        if not callable(losses):
+        if isinstance(losses, Mapping):
             raise TypeError(
                 f"`losses` of {type(self).__name__} must be a function losses(tasks, *batch), "
                 f"got {type(losses).__name__}: ready losses have their graphs at the weights "
                 "before the first task's step, so the later tasks' gradients would be stale."
+            )
+        if not callable(losses):
+            raise TypeError(
+                "`losses` must be a function losses(tasks, *batch), before the batch, "
+                f"got {type(losses).__name__}."
             )
         return list_batches(losses, batch, micro_batches)
 

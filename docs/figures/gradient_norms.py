@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parents[1] / "examples" / "refuge"))
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "refuge"))
 import mtlopt
 from data import load_splits
 from methods import build_network
@@ -30,7 +29,7 @@ for name, of_batches in (("loss", values), ("gradient norm over the encoder", no
     rows[name] = [f"{value:.2g}" for value in (sum(of_batches) / 10).tolist()]
 points = load_splits("phantom", settings.size, 0, wanted=["test"])["test"].input_points()
 away = (points - (settings.size - 1) / 2).norm(dim=1).mean() * 256 / settings.size
-(HERE / "gradient_norms.md").write_text(
+Path(__file__).with_suffix(".md").write_text(
     "".join(f"| {' | '.join([name, *cells])} |\n" for name, cells in rows.items())
     + f"\nA guess of the picture's centre is {away:.0f} px of 256 away from the fovea.\n"
 )

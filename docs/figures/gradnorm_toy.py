@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 # The problem is the test's.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from gradnorm_toy import GradNormToy  # noqa: E402  # found through the line above
+from gradnorm_toy import GradNormToy  # found through the line above
 
 STEPS, EVERY = 600, 20
 COUNTS = (2, 10)

@@ -1,0 +1,210 @@
+"""What goes wrong where a loop is ported, and what its author is told."""
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, Adam
+
+import mtlopt
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "pcgrad": lambda m, **k: mtlopt.PCGrad(SGD(m.parameters(), lr=0.1), TASKS, **k),
+    "gradnorm": lambda m, **k: mtlopt.GradNorm(
+        SGD(m.parameters(), lr=0.1), TASKS, [m.trunk[2].weight], **k
+    ),
+    "weighted": lambda m, **k: mtlopt.JointOptimizer(
+        SGD(m.parameters(), lr=0.1), TASKS, {"a": 2.0}, **k
+    ),
+}
+combining = pytest.mark.parametrize("method", METHODS)
+
+
+def plain_backward(model: Network, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+    x, y = batches(1)[0]
+    total = torch.stack(list(make_losses(model)(TASKS, x, y).values())).sum()
+    (total if scaler is None else scaler.scale(total)).backward()
+    return total
+
+
+@combining
+@pytest.mark.parametrize("form", ["step", "scaler", "closure"])
+def test_a_gradient_that_was_not_combined_is_warned_of_once(method: str, form: str) -> None:
+    """Or PCGrad trains as the plain sum, and nobody knows: Lightning's automatic optimization."""
+    model = Network()
+    optimizer = METHODS[method](model)
+    scaler = torch.amp.GradScaler("cpu")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        if form == "closure":
+            optimizer.step(closure=lambda: plain_backward(model))
+            return
+        if form == "scaler":
+            plain_backward(model, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            plain_backward(model)
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"`optimizer\.backward\(losses\)`"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+
+
+@combining
+def test_gradients_of_backward_are_applied_without_a_warning(method: str) -> None:
+    model = Network()
+    optimizer = METHODS[method](model)
+    for x, y in batches(2):
+        optimizer.step(make_losses(model), x, y)
+        optimizer.zero_grad()
+        optimizer.step()  # Trainer's: there is nothing to apply.
+        optimizer.zero_grad()
+        optimizer.backward(make_losses(model)(TASKS, x, y))
+        optimizer.step()
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        optimizer.backward(make_losses(model)(TASKS, x, y))
+
+    optimizer.step(closure=closure)
+
+
+def test_the_unweighted_sum_may_come_from_anywhere() -> None:
+    model = Network()
+    optimizer = mtlopt.JointOptimizer(SGD(model.parameters(), lr=0.1), TASKS)
+    plain_backward(model)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["independent", "pcgrad"])
+@pytest.mark.parametrize("other", [SGD, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_a_plain_state_of_another_class_is_refused(method: str, other: Any) -> None:
+    """Torch would take it, and miss the hyper-parameters in the next step."""
+    model = Network()
+    if method == "independent":
+        optimizer: Any = mtlopt.IndependentOptimizer(Adam, model.parameters(), TASKS, lr=0.1)
+    else:
+        optimizer = mtlopt.PCGrad(Adam(model.parameters(), lr=0.1), TASKS)
+    with pytest.raises(ValueError, match=r"same class of optimizer, Adam, .*'betas'"):
+        optimizer.load_state_dict(other(model.parameters(), lr=0.2).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    optimizer.step(make_losses(model), *batches(1)[0])
+
+
+def test_a_state_of_another_method_is_named_so() -> None:
+    model = Network()
+    state = METHODS["weighted"](model).state_dict()
+    with pytest.raises(ValueError, match="same method: PCGrad, got JointOptimizer"):
+        METHODS["pcgrad"](model).load_state_dict(state)
+
+
+def test_features_from_outside_the_function_are_an_error_that_says_where_they_belong() -> None:
+    model = Network()
+    optimizer = mtlopt.IndependentOptimizer(SGD, model.parameters(), TASKS, lr=0.1)
+    x, y = batches(1)[0]
+    outputs = model(x, TASKS)
+    with pytest.raises(RuntimeError, match="forward pass belongs inside `losses"):
+        optimizer.step(lambda tasks: {t: ((outputs[t] - y[t]) ** 2).mean() for t in tasks})
+
+
+def test_a_model_that_computes_everything_is_told_how_to_choose() -> None:
+    model = Network()
+    optimizer = mtlopt.IndependentOptimizer(SGD, model.parameters(), TASKS, lr=0.1)
+    losses = make_losses(model)
+    with pytest.raises(ValueError, match=r"return \{task: everything\[task\] for task in tasks\}"):
+        optimizer.step(lambda tasks, x, y: losses(TASKS, x, y), *batches(1)[0])
+
+
+def of(make: Callable[[Any], Any]) -> Callable[[], Any]:
+    return lambda: make(Network())
+
+
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "an instance for a class": (
+        of(lambda m: mtlopt.IndependentOptimizer(Adam(m.parameters()), m.parameters(), TASKS)),  # type: ignore[arg-type]  # on purpose
+        TypeError,
+        "`optimizer_class` must be a class, got an instance of Adam: "
+        "IndependentOptimizer(Adam, params, tasks, lr=...)",
+    ),
+    "the number of tasks": (
+        of(lambda m: mtlopt.PCGrad(SGD(m.parameters()), 3)),  # type: ignore[arg-type]  # on purpose
+        TypeError,
+        "`tasks` must be an iterable of names, got 3.",
+    ),
+    "parameters for tasks": (
+        of(lambda m: mtlopt.IndependentOptimizer(Adam, m.parameters(), m.parameters())),
+        TypeError,
+        "`tasks` must hold names or non-empty tuples of names (a group), got a Parameter.",
+    ),
+    "a flag for the scaler": (
+        of(lambda m: METHODS["pcgrad"](m, scaler=True)),
+        TypeError,
+        "`scaler` must be a torch.amp.GradScaler, got True.",
+    ),
+    "a list of weights": (
+        of(lambda m: mtlopt.JointOptimizer(SGD(m.parameters()), TASKS, [1.0, 0.5])),  # type: ignore[arg-type]  # on purpose
+        TypeError,
+        "`weights` must be a mapping from task to number, got [1.0, 0.5].",
+    ),
+    "no number for a weight": (
+        of(lambda m: mtlopt.JointOptimizer(SGD(m.parameters()), TASKS, {"a": None})),  # type: ignore[dict-item]  # on purpose
+        TypeError,
+        "`weights` must be a mapping from task to number, got {'a': None}.",
+    ),
+    "a layer for its parameters": (
+        of(lambda m: mtlopt.GradNorm(SGD(m.parameters()), TASKS, m.trunk[2])),
+        TypeError,
+        "`shared` must be an iterable of parameters, such as `layer.parameters()`, got a Linear.",
+    ),
+    "a parameter for parameters": (
+        of(lambda m: mtlopt.GradNorm(SGD(m.parameters()), TASKS, m.trunk[2].weight)),
+        TypeError,
+        "`shared` must be an iterable of parameters, such as `layer.parameters()`, "
+        "got a Parameter.",
+    ),
+    "a model for its parameters": (
+        of(lambda m: mtlopt.conflicts({}, m, TASKS)),
+        TypeError,
+        "`params` must be an iterable of parameters, such as `layer.parameters()`, got a Network.",
+    ),
+    "an optimizer for its parameters": (
+        of(lambda m: mtlopt.conflicts({}, METHODS["pcgrad"](m), TASKS)),
+        TypeError,
+        "`params` must be an iterable of parameters, such as `layer.parameters()`, got a PCGrad.",
+    ),
+    "a batch before the function": (
+        of(
+            lambda m: mtlopt.IndependentOptimizer(SGD, m.parameters(), TASKS).step(
+                *batches(1)[0],  # type: ignore[arg-type]  # on purpose
+                make_losses(m),
+            )
+        ),
+        TypeError,
+        "`losses` must be a function losses(tasks, *batch), before the batch, got Tensor.",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_argument_is_an_error_that_names_it(mistake: str) -> None:
+    call, kind, message = WRONG[mistake]
+    with pytest.raises(kind, match=re.escape(message)):
+        call()
+
+
+def test_a_closure_from_a_framework_says_what_the_framework_must_leave_alone() -> None:
+    model = Network()
+    optimizer = mtlopt.IndependentOptimizer(SGD, model.parameters(), TASKS, lr=0.1)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="manual optimization"):
+        optimizer.step(closure=lambda: plain_backward(model))
+    assert_equal(snapshot(model), before)
