@@ -154,11 +154,15 @@ class Aggregated(CombiningOptimizer):
             )
         combined = [None if not tasks else gradients[tasks[0]][i] for i, tasks in enumerate(reach)]
         if shared:
-            columns = [
-                torch.stack([_as_row(own[i], parameters[i]) for own in gradients]) for i in shared
-            ]
-            vector = self.aggregator(torch.cat(columns, dim=1))
-            parts = torch.split(vector, [column.shape[1] for column in columns])
+            sizes = [parameters[i].numel() for i in shared]
+            matrix = parameters[shared[0]].new_zeros(len(gradients), sum(sizes))
+            for i, columns in zip(shared, matrix.split(sizes, dim=1), strict=True):
+                for row, own in zip(columns, gradients, strict=True):
+                    gradient, own[i] = own[i], None  # held once, here or in the matrix
+                    if gradient is not None:
+                        dense = gradient.to_dense() if gradient.is_sparse else gradient
+                        row.copy_(dense.reshape(-1))
+            parts = self.aggregator(matrix).split(sizes)
             for i, part in zip(shared, parts, strict=True):
                 combined[i] = part.view(parameters[i].shape)
         return combined
@@ -194,12 +198,6 @@ class Aggregated(CombiningOptimizer):
             for name, value in attributes.items():
                 copy = value.clone() if isinstance(value, Tensor) else value
                 (module._buffers if name in module._buffers else vars(module))[name] = copy
-
-
-def _as_row(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    if gradient is None:
-        return parameter.new_zeros(parameter.numel())
-    return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
 
 
 def _stateful(aggregator: nn.Module) -> list[nn.Module]:
