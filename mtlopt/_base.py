@@ -22,7 +22,21 @@ class MultiTaskOptimizer(Optimizer):
     """Base of all methods: a `torch.optim.Optimizer` that steps on the losses of several tasks.
 
     Not to be instantiated; it fixes the protocol, :meth:`step`, and keeps torch's promises about
-    state dicts, copies and pickles for the methods.
+    state dicts, copies and pickles for the methods. It is the type of "any method".
+
+    Example:
+        >>> import torch, mtlopt
+        >>> w = torch.tensor([1.0], requires_grad=True)
+        >>> def losses(tasks):
+        ...     return {task: (w**2).sum() for task in tasks}
+        >>> def decrease(optimizer: mtlopt.MultiTaskOptimizer) -> bool:
+        ...     return sum(optimizer.step(losses).values()) > sum(optimizer.step(losses).values())
+        >>> base = torch.optim.SGD([w], lr=0.125)
+        >>> decrease(mtlopt.PCGrad(base, ["a", "b"])), decrease(mtlopt.JointOptimizer(base, ["a"]))
+        (tensor(True), tensor(True))
+
+    References:
+        The closure of :meth:`torch.optim.Optimizer.step`, which :meth:`step` generalises.
     """
 
     generator: torch.Generator | None = None
@@ -70,7 +84,18 @@ class MultiTaskOptimizer(Optimizer):
         micro_batches: Iterable[Any] | None = None,
         closure: Any = None,
     ) -> dict[str, Tensor]:
-        """Takes one step on every task that the batch has labels for."""
+        """Takes one step on every task that the batch has labels for.
+
+        Args:
+            losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar
+                loss, (loss, count) or None.
+            *batch: Passed on to `losses`.
+            micro_batches: Several batches to average over, in place of `batch`.
+            closure: For torch's signature.
+
+        Returns:
+            The present tasks' losses, detached scalars.
+        """
 
     @abstractmethod
     def diagnostics(self) -> dict[str, Tensor]:

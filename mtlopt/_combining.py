@@ -41,7 +41,11 @@ class CombiningOptimizer(WrappedOptimizer):
         self._broadcast(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the wrapped optimizer, with the first rank's parameters."""
+        """Adds a group to the wrapped optimizer, with the first rank's parameters.
+
+        Args:
+            param_group: As torch takes it.
+        """
         super().add_param_group(param_group)
         self._broadcast(self.param_groups[-1:])
 
@@ -156,8 +160,16 @@ class CombiningOptimizer(WrappedOptimizer):
         return self._add_gradient(losses, batches, self._scale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, as the wrapped optimizer does."""
+        """Clears the gradients, as the wrapped optimizer does.
+
+        Args:
+            set_to_none: Whether they become None, or zero.
+        """
         super().zero_grad(set_to_none)
+        self._cleared()
+
+    def _cleared(self) -> None:
+        """Forgets what belonged to the gradients that have been cleared."""
         self._combined = False
 
     def _is_sum(self) -> bool:

@@ -31,6 +31,17 @@ class ConflictReport:
         norms: (T,) Euclidean norms in float64 on the CPU; NaN for an absent task, as below.
         cosines: (T, T) cosines; negative is a conflict.
         conflict_fraction: Share of the pairs of present tasks that conflict, 0 of no pairs.
+
+    Example:
+        >>> import torch, mtlopt
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> report = mtlopt.conflicts({"a": w.sum(), "b": -3 * w[0]}, [w], ["a", "b"])
+        >>> report.cosines[0, 1]  # (1, 1) and (-3, 0)
+        tensor(-0.7071, dtype=torch.float64)
+
+    References:
+        Yu et al., 2020 (arXiv 2001.06782), Definition 1: gradients conflict if their cosine is
+        negative.
     """
 
     tasks: tuple[Task, ...]
@@ -107,6 +118,9 @@ def conflicts(
         >>> report.cosines
         tensor([[ 1.0000, -0.6000],
                 [-0.6000,  1.0000]], dtype=torch.float64)
+
+    References:
+        Yu et al., 2020 (arXiv 2001.06782), Definition 1.
     """
     names = check_tasks(tasks)
     parameters = [p for p in _gradients.check_parameters("params", params) if p.requires_grad]

@@ -162,9 +162,8 @@ class GradNorm(CombiningOptimizer):
             "rates": torch.stack([rate for _, rate in last]),
         }
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, and with them what the weights would have learned from."""
-        super().zero_grad(set_to_none)
+    def _cleared(self) -> None:
+        super()._cleared()
         self._pending.clear()
 
     def _add_gradient(

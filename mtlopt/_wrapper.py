@@ -56,11 +56,19 @@ class WrappedOptimizer(MultiTaskOptimizer):
         return self.base.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the wrapped optimizer."""
+        """Adds a group to the wrapped optimizer.
+
+        Args:
+            param_group: As torch takes it.
+        """
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, as the wrapped optimizer does."""
+        """Clears the gradients, as the wrapped optimizer does.
+
+        Args:
+            set_to_none: Whether they become None, or zero.
+        """
         self.base.zero_grad(set_to_none=set_to_none)
 
     def train(self) -> None:
@@ -72,11 +80,19 @@ class WrappedOptimizer(MultiTaskOptimizer):
         getattr(self.base, "eval", lambda: None)()
 
     def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
-        """Registers a hook on the wrapped optimizer, called before each update."""
+        """Registers a hook on the wrapped optimizer, called before each update.
+
+        Args:
+            hook: As torch takes it: ``hook(optimizer, args, kwargs)``.
+        """
         return self.base.register_step_pre_hook(hook)
 
     def register_step_post_hook(self, hook: Any) -> RemovableHandle:
-        """Registers a hook on the wrapped optimizer, called after each update."""
+        """Registers a hook on the wrapped optimizer, called after each update.
+
+        Args:
+            hook: As torch takes it: ``hook(optimizer, args, kwargs)``.
+        """
         return self.base.register_step_post_hook(hook)
 
     def _collect_state(self) -> dict[str, Any]:
