@@ -27,7 +27,7 @@ exclude_patterns = ["_build", "figures", "study"]  # Tables that a page includes
 html_theme = "furo"
 html_title = f"mtlopt {release}"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
 
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True

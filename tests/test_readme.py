@@ -156,6 +156,15 @@ def test_the_benchmarks_page_has_every_file_of_results() -> None:
     assert sorted(included) == sorted(f.name for f in (ROOT / "benchmarks/results").iterdir())
 
 
+def test_measurements_are_quoted_as_the_results_have_them() -> None:
+    results = "".join(file.read_text() for file in (ROOT / "benchmarks/results").glob("*.md"))
+    measured = set(re.findall(r"[\d.]*\d", results))
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    quoted = set(re.findall(r"([\d.]*\d) (?:ms|MB|µs)\b", pages))
+    assert len(quoted) > 8
+    assert quoted <= measured
+
+
 def test_the_table_lists_every_method() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     methods = {
