@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mtlopt import _gradients
 from mtlopt._collect import Forwards
-from mtlopt._combining import Batches, CombiningOptimizer
+from mtlopt._combining import Batches, CombiningOptimizer, as_it_arrives
 from mtlopt._distributed import is_sharded, sum_over_shards
 from mtlopt._losses import LossesFunction, ReadyLosses, Task
 
@@ -121,29 +121,40 @@ class Aggregated(CombiningOptimizer):
             self._check_rows(present)
         gradients = list(collected.values())
         del collected
+        scaled = self._scaling is not None or scale is as_it_arrives
+
+        def overflowed(values: Tensor) -> bool:
+            # The plain sum takes the overflow to the scaler; an aggregator may raise.
+            return scaled and not bool(values.isfinite().all())
+
         # A caller's autocast is not for the aggregation.
         with self._drawing_alike(), torch.autocast(self._device.type, enabled=False):
             combined = (
-                self._by_matrix(gradients)
+                self._by_matrix(gradients, overflowed)
                 if self._weighting is None
-                else self._by_gramian(gradients, present)
+                else self._by_gramian(gradients, present, overflowed)
             )
         self._add(combined)
         return values
 
     def _by_gramian(
-        self, gradients: list[_gradients.Gradients], present: list[int]
+        self,
+        gradients: list[_gradients.Gradients],
+        present: list[int],
+        overflowed: Callable[[Tensor], bool],
     ) -> _gradients.Gradients:
         weights = [1.0]
         if len(present) > 1:
             gram = sum_over_shards(_gradients.gram(gradients), self._parameters)
-            weights = self._weighting(gram).tolist()
+            weights = [1.0] * len(present) if overflowed(gram) else self._weighting(gram).tolist()
         coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
         coefficients[present] = torch.tensor(weights, dtype=torch.float64)
         self._seen = {"coefficients": coefficients}
         return _gradients.combine(gradients, weights)
 
-    def _by_matrix(self, gradients: list[_gradients.Gradients]) -> _gradients.Gradients:
+    def _by_matrix(
+        self, gradients: list[_gradients.Gradients], overflowed: Callable[[Tensor], bool]
+    ) -> _gradients.Gradients:
         reach = _gradients.reach(gradients)
         shared = [i for i, tasks in enumerate(reach) if len(tasks) > 1]
         parameters = self._parameters
@@ -162,7 +173,8 @@ class Aggregated(CombiningOptimizer):
                     if gradient is not None:
                         dense = gradient.to_dense() if gradient.is_sparse else gradient
                         row.copy_(dense.reshape(-1))
-            parts = self.aggregator(matrix).split(sizes)
+            vector = matrix.sum(0) if overflowed(matrix) else self.aggregator(matrix)
+            parts = vector.split(sizes)
             for i, part in zip(shared, parts, strict=True):
                 combined[i] = part.view(parameters[i].shape)
         return combined
@@ -178,7 +190,7 @@ class Aggregated(CombiningOptimizer):
 
     @contextmanager
     def _drawing_alike(self) -> Iterator[None]:
-        if self.process_group is None:
+        if self.process_group is None and not is_sharded(self._parameters):
             yield
             return
         seed = int(torch.randint(2**62, (), generator=self.generator))

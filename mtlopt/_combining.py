@@ -197,10 +197,14 @@ class CombiningOptimizer(WrappedOptimizer):
         parameters = self._parameters
         if ranks is None or is_sharded(parameters):
             return
-        norms = _gradients.norms([parameter.grad for parameter in parameters])
+        norms = _gradients.norms(self._seen_gradients())
         norm = torch.stack(norms).norm() if norms else torch.zeros(())
         remedy = "do not wrap the model in DistributedDataParallel, and give a `process_group`."
         check_reduced(norm, ranks, "of all tasks", remedy)
+
+    def _seen_gradients(self) -> Gradients:
+        """What must be the same on all ranks before an update."""
+        return [parameter.grad for parameter in self._parameters]
 
     def _add(self, gradient: Gradients) -> None:
         parameters = self._parameters

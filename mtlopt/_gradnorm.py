@@ -183,6 +183,10 @@ class GradNorm(CombiningOptimizer):
             seen.unit = unit
         return values
 
+    def _seen_gradients(self) -> _gradients.Gradients:
+        # DDP would reduce the network's gradient, but not those that the weights learn from.
+        return super()._seen_gradients() + [g for s in self._pending.values() for g in s.gradient]
+
     def _by_task(self, values: Mapping[str, Tensor]) -> dict[Task, Tensor]:
         """Sums the losses of each present task, a group's over its names."""
         own = {task: [values[n] for n in names_of(task) if n in values] for task in self.tasks}

@@ -190,3 +190,29 @@ def test_conflicts_of_groups_and_absent_tasks(tmp_path: Any) -> None:
     assert (tmp_path / "conflicts.png").stat().st_size > 5000
     with pytest.raises(ValueError, match=r"`params` must hold at least one.*got none"):
         mtlopt.conflicts(losses, [], TASKS, *batches(1)[0])
+
+
+@pytest.mark.parametrize("imperative", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_overflow_skips_the_step(name: str, imperative: bool) -> None:
+    """Some aggregators raise where a number is not finite; a scaler is to see it first."""
+    model = Network()
+    amp = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = mtlopt.Aggregated(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        TASKS,
+        make_aggregator(name),
+        scaler=None if imperative else amp,
+    )
+    losses = make_losses(model)
+    before = snapshot(model)
+    x, y = batches(1)[0]
+    bad = {t: v * (1e308 if t == "b" else 1) for t, v in losses(TASKS, x, y).items()}
+    if imperative:
+        optimizer.backward({t: amp.scale(v) for t, v in bad.items()})
+        amp.step(optimizer)
+        amp.update()
+    else:
+        optimizer.step(bad)
+    assert_equal(snapshot(model), before)
+    assert amp.get_scale() == 512.0

@@ -224,16 +224,39 @@ def lack(rank: int, folder: str) -> None:
     call = DistributedDataParallel(Network(), find_unused_parameters=True)
     data = torch.randn_like(x)
     with pytest.raises(
-        (ValueError, RuntimeError), match=r"same on all ranks|marked as ready twice"
+        (ValueError, RuntimeError), match=r"same on all ranks|DistributedDataParallel"
     ):
         make("pcgrad", call).step(
+            lambda tasks: {t: (o**2).mean() for t, o in call(data, tasks).items()}
+        )
+
+    # The network's gradient is reduced then; those that GradNorm's weights learn from are not.
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"same on all ranks|DistributedDataParallel"
+    ):
+        make("gradnorm", call.module).step(
             lambda tasks: {t: (o**2).mean() for t, o in call(data, tasks).items()}
         )
 
     if SHARDS:
         sharded = Network()
         fully_shard(sharded)
-        from torchjd.aggregation import TrimmedMean
+        from torchjd.aggregation import PCGrad, TrimmedMean
+
+        torch.manual_seed(rank)  # Shards must be combined alike, whatever each rank would draw.
+        drawn = torch.zeros(())
+
+        def draw(*_: Any) -> None:
+            drawn.copy_(torch.rand(()))
+
+        aggregator = PCGrad()
+        aggregator.gramian_weighting.register_forward_hook(draw)
+        random = mtlopt.Aggregated(torch.optim.SGD(sharded.parameters()), TASKS, aggregator)
+        random.step(lambda tasks: {t: o.sum() for t, o in sharded(x, tasks).items()})
+        others = drawn.clone()
+        dist.broadcast(others, 0)
+        assert torch.equal(drawn, others)
+        assert drawn > 0
 
         whole = mtlopt.Aggregated(torch.optim.SGD(sharded.parameters()), TASKS, TrimmedMean(1))
         with pytest.raises(ValueError, match="must work from the Gramian"):
