@@ -34,7 +34,8 @@ class JointOptimizer(CombiningOptimizer):
     Args:
         optimizer: Optimizer that applies the gradient; it owns the parameters.
         tasks: Names of the tasks.
-        weights: Weight :math:`c^{(k)}` by name of task; a task left out has weight 1.
+        weights: Weight :math:`c^{(k)}` by name of task; a task left out has weight 1. They stand
+            in ``self.weights`` and may be set between steps.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
         scaler: Gradient scaler for float16; an overflow skips the step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.

@@ -18,6 +18,7 @@ pytestmark = [
 
 FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
 METHODS = ["independent", "joint", "pcgrad", "gradnorm"]
+TASKS = ("price", "days", "sold")
 EPOCHS, STEPS = 20, 160  # The programs save a checkpoint half way.
 LENGTH = {
     "lightning": ["--epochs", str(EPOCHS)],
@@ -204,13 +205,23 @@ def test_lightning_counts_a_step_for_each_batch(method: str, tmp_path: Path) -> 
     ]
 
 
-def fit_lightning(method: str, **options: Any) -> tuple[ModuleType, Any]:
+def training_step(self: Any, batch: Any, batch_idx: int) -> None:
+    optimizer = self.optimizers()  # Lightning's wrapper, which counts
+    optimizer.zero_grad()
+    optimizer.backward(self.losses(TASKS, batch))
+    optimizer.step()
+    self.lr_schedulers().step()
+
+
+def fit_lightning(method: str, step: Any = None, **options: Any) -> tuple[ModuleType, Any]:
     """Trains the program's module with a trainer of the test's own."""
     import lightning
 
     program = load("lightning")
     torch.manual_seed(0)
     loader = torch.utils.data.DataLoader(program.make_data(512), batch_size=64)
+    if step is not None:
+        program.Module.training_step = step
     module = program.Module(method)
     trainer = lightning.Trainer(
         logger=False,
@@ -230,6 +241,17 @@ def test_lightning_stops_at_max_steps() -> None:
     first = module.network.trunk[0].weight
     for own in module.optimizers(use_pl_optimizer=False).values():
         assert own.state[first]["step"] == 3
+
+
+@pytest.mark.parametrize("method", ["joint", "pcgrad", "gradnorm"])
+def test_lightnings_wrapper_serves_the_methods_that_combine(method: str) -> None:
+    """The form of the documentation's page: no counter of Lightning's is touched."""
+    program, module = fit_lightning(method, training_step, max_epochs=2)
+    assert module.trainer.global_step == 16
+    torch.manual_seed(0)
+    batches = list(torch.utils.data.DataLoader(program.make_data(512), batch_size=64))
+    plain = train_plainly(Run(program, module, Path(), 2 * batches), "lightning", method)
+    assert_same(dict(module.network.state_dict()), plain.state_dict())
 
 
 @pytest.mark.parametrize("method", METHODS)

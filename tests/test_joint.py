@@ -136,3 +136,14 @@ def test_a_network_frozen_altogether_is_told_so() -> None:
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="'a' must have a graph"):
         optimizer.step(make_losses(model), *batches(1)[0])
+
+
+def test_weights_may_be_set_between_steps() -> None:
+    """So a rule that learns or draws weights takes three lines of the loop."""
+    model, twin = twins()
+    optimizer = make(model)
+    optimizer.weights["b"] = 0.25
+    x, y = batches(1)[0]
+    optimizer.step(make_losses(model), x, y)
+    make(twin, weights={"b": 0.25}).step(make_losses(twin), x, y)
+    assert_equal(snapshot(model), snapshot(twin))
