@@ -149,7 +149,7 @@ class Aggregated(CombiningOptimizer):
             weights = [1.0] * len(present) if overflowed(gram) else self._weighting(gram).tolist()
         coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
         coefficients[present] = torch.tensor(weights, dtype=torch.float64)
-        self._seen = {"coefficients": coefficients}
+        self._seen["coefficients"] = coefficients
         return _gradients.combine(gradients, weights)
 
     def _by_matrix(

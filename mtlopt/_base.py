@@ -39,7 +39,7 @@ class MultiTaskOptimizer(Optimizer):
         The closure of :meth:`torch.optim.Optimizer.step`, which :meth:`step` generalises.
     """
 
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None
     """What the method draws from, if it draws; saved in the state dict."""
 
     def __init__(
@@ -51,6 +51,7 @@ class MultiTaskOptimizer(Optimizer):
         process_group: dist.ProcessGroup | None,
     ) -> None:
         self._tasks = check_tasks(tasks)
+        self.generator = None
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"`scaler` must be a torch.amp.GradScaler, got {scaler!r}.")
         self.scaler = scaler

@@ -37,7 +37,9 @@ class CombiningOptimizer(WrappedOptimizer):
             raise ValueError(f"`forwards` must be 'joint' or 'per-task', got {forwards!r}.")
         self.forwards = forwards
         self._checked = False
-        self._combined = self._warned = False
+        # Set in place: what Lightning's wrapper assigns in `backward` stays with the wrapper.
+        self._combined = [False]
+        self._warned = False
         self._broadcast(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -150,7 +152,7 @@ class CombiningOptimizer(WrappedOptimizer):
             losses: Mapping from task to a scalar loss, (loss, count) or None, of one forward pass.
         """
         self._add_gradient(losses, [()], as_it_arrives)
-        self._combined = True
+        self._combined[0] = True
 
     @torch.enable_grad()
     def _fresh_gradient(
@@ -170,14 +172,14 @@ class CombiningOptimizer(WrappedOptimizer):
 
     def _cleared(self) -> None:
         """Forgets what belonged to the gradients that have been cleared."""
-        self._combined = False
+        self._combined[0] = False
 
     def _is_sum(self) -> bool:
         """Whether the method's gradient is the one that `sum(losses).backward()` makes."""
         return False
 
     def _warn_unless_combined(self) -> None:
-        combined, self._combined = self._combined, False
+        combined, self._combined[0] = self._combined[0], False
         if combined or self._warned or self._is_sum():
             return
         if any(parameter.grad is not None for parameter in self._parameters):

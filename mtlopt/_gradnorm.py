@@ -114,8 +114,7 @@ class GradNorm(CombiningOptimizer):
         )
         self._refuse_closures()
         self.shared = _gradients.check_parameters("shared", shared)
-        self.alpha = alpha
-        self.weight_lr = weight_lr
+        self.alpha, self.weight_lr = alpha, weight_lr
         self._check_options(initial_losses or {})
         first = [(initial_losses or {}).get(task, float("nan")) for task in self.tasks]
         self._initial = torch.tensor(first, dtype=torch.float32, device=self.shared[0].device)
@@ -184,7 +183,7 @@ class GradNorm(CombiningOptimizer):
         return values
 
     def _seen_gradients(self) -> _gradients.Gradients:
-        # DDP would reduce the network's gradient, but not those that the weights learn from.
+        # DDP does not reduce those that the weights learn from.
         return super()._seen_gradients() + [g for s in self._pending.values() for g in s.gradient]
 
     def _by_task(self, values: Mapping[str, Tensor]) -> dict[Task, Tensor]:
@@ -249,7 +248,8 @@ class GradNorm(CombiningOptimizer):
         seen.gradient = _gradients.add(seen.gradient, gradient)
 
     def _stepped(self, skipped: Tensor | None) -> None:
-        pending, self._pending = self._pending, {}
+        pending = dict(self._pending)
+        self._pending.clear()
         if not pending or (skipped is not None and skipped):
             return
         present = [k for k, task in enumerate(self.tasks) if task in pending]
@@ -288,7 +288,7 @@ class GradNorm(CombiningOptimizer):
             self._set_weights(saved["weights"].to(self._initial))
             self._adam.load_state_dict(saved["weights_adam"])
             self._initial = saved["initial_losses"].to(self._initial, copy=True)
-            self._pending = {}
+            self._pending.clear()
 
 
 @dataclass

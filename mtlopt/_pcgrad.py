@@ -148,7 +148,7 @@ class PCGrad(CombiningOptimizer):
             coefficients = [c / len(present) for c in coefficients]
         combined = _gradients.combine(gradients, coefficients)
         self._add(combined)
-        self._seen = _describe(gram, coefficients, present, count)
+        self._seen.update(_describe(gram, coefficients, present, count))
         return values
 
 
