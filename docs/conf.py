@@ -26,6 +26,7 @@ exclude_patterns = ["_build", "figures", "study"]  # Tables that a page includes
 
 html_theme = "furo"
 html_title = f"mtlopt {release}"
+pygments_dark_style = "monokai"  # the theme's own underlines what is imported
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 

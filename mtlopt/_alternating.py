@@ -31,7 +31,9 @@ class _Turn:
 class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
     r"""Steps through the tasks in turn, all with one optimizer and its one state.
 
-    .. math:: \text{for } k = 1, \dots, T: \quad w \leftarrow w - \eta \, g^{(k)}(w)
+    For :math:`k = 1, \dots, T`:
+
+    .. math:: w \leftarrow w - \eta \, g^{(k)}(w)
 
     Each gradient is taken at the weights that the previous task's step left. The optimizer's
     moments mix the gradients of all tasks; :class:`IndependentOptimizer` keeps them apart.

@@ -150,8 +150,8 @@ class GradNorm(CombiningOptimizer):
         """Returns the state of the balance, NaN for a task that was absent from the last step.
 
         Returns:
-            ``weights`` (T,): the ones to be used next. ``norms`` (T,): :math:`G_i` of the weighted
-            gradients over `shared`. ``rates`` (T,): :math:`r_i`, mean 1, larger if slower.
+            ``weights`` (T,), the ones to be used next; ``norms`` (T,), :math:`G_i` of the weighted
+            gradients over `shared`; ``rates`` (T,), :math:`r_i`, mean 1, larger if slower.
         """
         nan = torch.full_like(self._initial[0], float("nan"))
         last = [self._last.get(task, (nan, nan)) for task in self.tasks]

@@ -21,8 +21,9 @@ Schedule: TypeAlias = Literal["sequential", "simultaneous"]
 class IndependentOptimizer(Panel):
     r"""Steps through the tasks in turn, each with its own optimizer and so its own state.
 
-    .. math:: \text{for } k = 1, \dots, T: \quad
-              w \leftarrow w - \eta \, \hat m^{(k)}\!\left(g^{(k)}(w)\right)
+    For :math:`k = 1, \dots, T`:
+
+    .. math:: w \leftarrow w - \eta \, \hat m^{(k)}\!\left(g^{(k)}(w)\right)
 
     Each gradient is taken at the weights that the previous task's step left, and
     :math:`\hat m^{(k)}` is the update rule (Adam's, momentum's, any class's) with task k's own

@@ -118,9 +118,9 @@ class PCGrad(CombiningOptimizer):
         """Returns what the last step saw of the tasks, NaN where one was absent.
 
         Returns:
-            ``cosines`` (T, T): between the tasks' gradients over the shared parameters.
-            ``coefficients`` (T,): of the original gradients in the shared part of the result.
-            ``conflict_fraction``: share of the pairs of present tasks whose inner product is
+            ``cosines`` (T, T) between the tasks' gradients over the shared parameters;
+            ``coefficients`` (T,) of the original gradients in the shared part of the result;
+            ``conflict_fraction``, the share of the pairs of present tasks whose inner product is
             negative. Empty before the first step.
         """
         return dict(self._seen)

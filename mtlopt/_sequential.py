@@ -52,8 +52,8 @@ class SequentialOptimizer(MultiTaskOptimizer):
         """Returns, for the tasks in order, what the last step on losses saw.
 
         Returns:
-            ``gradient_norms`` (T,): Euclidean norm of each task's gradient before any hook, NaN
-            for an absent task. ``skipped`` (T,): whether the task's own step was left out because
+            ``gradient_norms`` (T,), the Euclidean norm of each task's gradient before any hook, NaN
+            for an absent task; ``skipped`` (T,), whether the task's own step was left out because
             its gradient overflowed. Empty before the first step. With sharded parameters every
             rank must ask.
         """
