@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -122,38 +123,32 @@ class Aggregated(CombiningOptimizer):
         gradients = list(collected.values())
         del collected
         scaled = self._scaling is not None or scale is as_it_arrives
-
-        def overflowed(values: Tensor) -> bool:
-            # The plain sum takes the overflow to the scaler; an aggregator may raise.
-            return scaled and not bool(values.isfinite().all())
-
         # A caller's autocast is not for the aggregation.
         with self._drawing_alike(), torch.autocast(self._device.type, enabled=False):
             combined = (
-                self._by_matrix(gradients, overflowed)
+                self._by_matrix(gradients, scaled)
                 if self._weighting is None
-                else self._by_gramian(gradients, present, overflowed)
+                else self._by_gramian(gradients, present, scaled)
             )
         self._add(combined)
         return values
 
     def _by_gramian(
-        self,
-        gradients: list[_gradients.Gradients],
-        present: list[int],
-        overflowed: Callable[[Tensor], bool],
+        self, gradients: list[_gradients.Gradients], present: list[int], scaled: bool
     ) -> _gradients.Gradients:
         weights = [1.0]
         if len(present) > 1:
             gram = sum_over_shards(_gradients.gram(gradients), self._parameters)
-            weights = [1.0] * len(present) if overflowed(gram) else self._weighting(gram).tolist()
+            # NaN takes an overflow to the scaler, where the aggregator might raise.
+            lost = scaled and not gram.isfinite().all()
+            weights = [float("nan")] * len(present) if lost else self._weighting(gram).tolist()
         coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
         coefficients[present] = torch.tensor(weights, dtype=torch.float64)
         self._seen["coefficients"] = coefficients
         return _gradients.combine(gradients, weights)
 
     def _by_matrix(
-        self, gradients: list[_gradients.Gradients], overflowed: Callable[[Tensor], bool]
+        self, gradients: list[_gradients.Gradients], scaled: bool
     ) -> _gradients.Gradients:
         reach = _gradients.reach(gradients)
         shared = [i for i, tasks in enumerate(reach) if len(tasks) > 1]
@@ -163,20 +158,21 @@ class Aggregated(CombiningOptimizer):
                 "`aggregator` must work from the Gramian where the parameters are sharded, "
                 f"got {type(self.aggregator).__name__}, which needs whole gradients."
             )
-        combined = [None if not tasks else gradients[tasks[0]][i] for i, tasks in enumerate(reach)]
+        combined = [gradients[ts[0]][i] if len(ts) == 1 else None for i, ts in enumerate(reach)]
         if shared:
             sizes = [parameters[i].numel() for i in shared]
-            matrix = parameters[shared[0]].new_zeros(len(gradients), sum(sizes))
+            dtype = reduce(torch.promote_types, {parameters[i].dtype for i in shared})
+            matrix = parameters[shared[0]].new_zeros(len(gradients), sum(sizes), dtype=dtype)
             for i, columns in zip(shared, matrix.split(sizes, dim=1), strict=True):
                 for row, own in zip(columns, gradients, strict=True):
                     gradient, own[i] = own[i], None  # held once, here or in the matrix
                     if gradient is not None:
                         dense = gradient.to_dense() if gradient.is_sparse else gradient
                         row.copy_(dense.reshape(-1))
-            vector = matrix.sum(0) if overflowed(matrix) else self.aggregator(matrix)
-            parts = vector.split(sizes)
-            for i, part in zip(shared, parts, strict=True):
-                combined[i] = part.view(parameters[i].shape)
+            lost = scaled and not matrix.isfinite().all()
+            vector = matrix[0] * float("nan") if lost else self.aggregator(matrix)
+            for i, part in zip(shared, vector.split(sizes), strict=True):
+                combined[i] = part.view(parameters[i].shape).to(parameters[i].dtype)
         return combined
 
     def _check_rows(self, present: list[int]) -> None:

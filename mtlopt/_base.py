@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt._closure import needs_closure
+from mtlopt._classes import check_class, needs_closure
 from mtlopt._distributed import broadcast_parameters, is_sharded
 from mtlopt._losses import LossesFunction, ReadyLosses, Task, check_tasks
 
@@ -183,12 +183,10 @@ class MultiTaskOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         owners = (self, *self._inner_optimizers())
         kept = [dict(vars(owner)) for owner in owners]
-        options = [own.defaults.keys() & own.param_groups[0] for own in self._inner_optimizers()]
         drawn = None if self.generator is None else self.generator.get_state()
         try:
             self._check_state(state_dict)
             self._restore_state(state_dict)
-            self._check_hyperparameters(options)
             saved = state_dict.get("mtlopt", {}).get("generator")
             if self.generator is not None and saved is not None:
                 # A generator's state stays on the CPU, wherever `map_location` put it.
@@ -240,6 +238,7 @@ class MultiTaskOptimizer(Optimizer):
             )
         saved = state_dict.get("mtlopt")
         if saved is None:
+            check_class(self._inner_optimizers()[0], state_dict["param_groups"])
             return
         for entry, value in self._identity().items():
             if _as_lists(saved.get(entry)) != _as_lists(value):
@@ -248,16 +247,6 @@ class MultiTaskOptimizer(Optimizer):
                 )
         if self.generator is not None:
             saved["generator"].cpu()
-
-    def _check_hyperparameters(self, options: list[set[str]]) -> None:
-        """Refuses the state of a plain optimizer of another class, which torch would take."""
-        for inner, expected in zip(self._inner_optimizers(), options, strict=True):
-            missing = {key for group in inner.param_groups for key in expected - group.keys()}
-            if missing:
-                raise ValueError(
-                    "`state_dict` must be of the same class of optimizer, "
-                    f"{type(inner).__name__}, got one without {sorted(missing)}."
-                )
 
     # Copies and pickles.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt import _gradients
-from mtlopt._closure import repeat
+from mtlopt._classes import repeat
 from mtlopt._collect import Forwards, collect
 from mtlopt._distributed import all_ranks, check_reduced, is_sharded
 from mtlopt._gradients import Gradients
@@ -159,7 +159,9 @@ class CombiningOptimizer(WrappedOptimizer):
         self, losses: LossesFunction | ReadyLosses, batches: Batches
     ) -> dict[str, Tensor]:
         self.zero_grad()
-        return self._add_gradient(losses, batches, self._scale)
+        values = self._add_gradient(losses, batches, self._scale)
+        self._combined[0] = True
+        return values
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, as the wrapped optimizer does.
@@ -180,9 +182,10 @@ class CombiningOptimizer(WrappedOptimizer):
 
     def _warn_unless_combined(self) -> None:
         combined, self._combined[0] = self._combined[0], False
-        if combined or self._warned or self._is_sum():
+        if combined or self._warned or self._is_sum() or len(self.tasks) == 1:
             return
-        if any(parameter.grad is not None for parameter in self._parameters):
+        given = [p.grad for p in self._parameters if p.grad is not None]
+        if any(getattr(gradient, "to_local", lambda g=gradient: g)().any() for gradient in given):
             self._warned = True
             warnings.warn(
                 f"`step` of {type(self).__name__} without losses applied gradients that it did "

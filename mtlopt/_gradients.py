@@ -16,13 +16,15 @@ CHUNK = 2**12
 
 def check_parameters(argument: str, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Returns the parameters as a list, or says what was given in their place."""
-    given = parameters
-    if isinstance(given, (Tensor, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(
-            f"`{argument}` must be an iterable of parameters, such as `layer.parameters()`, "
-            f"got a {type(given).__name__}."
-        )
-    return list(given)
+    given: object = parameters
+    if not isinstance(given, (Tensor, Mapping)) and isinstance(given, Iterable):
+        listed = list(given)
+        if all(isinstance(item, Tensor) for item in listed):
+            return listed
+    raise TypeError(
+        f"`{argument}` must be an iterable of parameters, such as `layer.parameters()`, "
+        f"got a {type(given).__name__}."
+    )
 
 
 def differentiate(
@@ -91,12 +93,14 @@ def explain(error: RuntimeError) -> None:
         raise RuntimeError(
             "A loss shares a graph with one whose backward pass has been taken. The forward pass "
             "belongs inside `losses(tasks, *batch)`, which is called anew for every gradient that "
-            "needs one; ready losses are good for one step."
+            "needs one; ready losses are good for one step; what is carried over from an earlier "
+            "batch must be detached."
         ) from error
     if "marked ready only once" in str(error) or "marked as ready twice" in str(error):
         raise RuntimeError(
-            "A model wrapped in DistributedDataParallel takes one backward pass per forward pass: "
-            "give the methods that combine gradients the bare model, and `process_group=`."
+            "A model wrapped in DistributedDataParallel takes one backward pass per forward pass. "
+            "A method that combines the tasks' gradients takes several: it wants the bare model, "
+            "and `process_group=`."
         ) from error
     if "donated" in str(error):
         raise RuntimeError(

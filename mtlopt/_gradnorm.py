@@ -248,8 +248,7 @@ class GradNorm(CombiningOptimizer):
         seen.gradient = _gradients.add(seen.gradient, gradient)
 
     def _stepped(self, skipped: Tensor | None) -> None:
-        pending = dict(self._pending)
-        self._pending.clear()
+        pending, self._pending = self._pending, {}
         if not pending or (skipped is not None and skipped):
             return
         present = [k for k, task in enumerate(self.tasks) if task in pending]
@@ -288,7 +287,7 @@ class GradNorm(CombiningOptimizer):
             self._set_weights(saved["weights"].to(self._initial))
             self._adam.load_state_dict(saved["weights_adam"])
             self._initial = saved["initial_losses"].to(self._initial, copy=True)
-            self._pending.clear()
+            self._pending = {}
 
 
 @dataclass

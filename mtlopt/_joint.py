@@ -1,6 +1,8 @@
 """JointOptimizer: the weighted sum of the losses (eq. 1)."""
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +37,7 @@ class JointOptimizer(CombiningOptimizer):
         optimizer: Optimizer that applies the gradient; it owns the parameters.
         tasks: Names of the tasks.
         weights: Weight :math:`c^{(k)}` by name of task; a task left out has weight 1. They stand
-            in ``self.weights`` and may be set between steps.
+            in ``self.weights``, may be set there between steps, and are not saved.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
         scaler: Gradient scaler for float16; an overflow skips the step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
@@ -81,23 +83,29 @@ class JointOptimizer(CombiningOptimizer):
             process_group=process_group,
         )
         names = names_of(*self.tasks)
-        weights = _check_weights(weights)
-        unknown = [name for name in weights if name not in names]
+        given: Any = {} if weights is None else weights
+        if not isinstance(given, Mapping) or not all(map(_is_number, given.values())):
+            raise TypeError(f"`weights` must be a mapping from task to number, got {weights!r}.")
+        unknown = [name for name in given if name not in names]
         if unknown:
             raise ValueError(
                 f"`weights` must name tasks among {list(names)}, got {unknown} beside them."
             )
-        self.weights = {name: weights.get(name, 1.0) for name in names}
+        self.weights = {name: given.get(name, 1.0) for name in names}
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns nothing: one backward pass of the sum tells no task from another."""
         return {}
 
+    def _weight(self, name: str) -> float:
+        weight: float = self.weights.get(name, 1.0)
+        return weight
+
     def _is_sum(self) -> bool:
         return all(weight == 1 for weight in self.weights.values())
 
     def _objective(self, values: dict[str, Tensor]) -> Tensor:
-        return sum_tensors([weighted(value, self.weights[k]) for k, value in values.items()])
+        return sum_tensors([weighted(value, self._weight(k)) for k, value in values.items()])
 
     def _add_gradient(
         self,
@@ -105,26 +113,27 @@ class JointOptimizer(CombiningOptimizer):
         batches: Batches,
         scale: Callable[[Tensor], Tensor],
     ) -> dict[str, Tensor]:
+        names = names_of(*self.tasks)
         if self.forwards == "per-task" and callable(losses):
             values: dict[str, Tensor] = {}
-            for name in self.weights:
+            for name in names:
                 values |= self._add_collected(losses, (name,), batches, scale)
             return values
         if len(batches) > 1:
-            return self._add_collected(losses, tuple(self.weights), batches, scale)
-        present = evaluate(losses, tuple(self.weights), batches[0], self.check_finite)
+            return self._add_collected(losses, names, batches, scale)
+        present = evaluate(losses, names, batches[0], self.check_finite)
         parameters = self._parameters
         sharded = is_sharded(parameters)
         group = all_ranks() if sharded and self.process_group is None else self.process_group
         counts, values = agree(
-            {name: [present[name]] if name in present else [] for name in self.weights},
+            {name: [present[name]] if name in present else [] for name in names},
             group,
             on_every_rank=sharded,
         )
         ranks = dist.get_world_size(group) if sharded and group is not None else 1
         # Eq. 1: one backward pass of the weighted sum, over the tasks present.
         terms = [
-            weighted(loss.value, self.weights[name] * (loss.samples * ranks / counts[name]))
+            weighted(loss.value, self._weight(name) * (loss.samples * ranks / counts[name]))
             for name, loss in present.items()
             if (counts[name] if sharded else loss.samples)
         ]
@@ -150,14 +159,9 @@ class JointOptimizer(CombiningOptimizer):
     ) -> dict[str, Tensor]:
         values, collected = self._collect(losses, batches, scale, names)
         for name in values:
-            self._add(_gradients.scaled(collected.pop(name), self.weights[name]))
+            self._add(_gradients.scaled(collected.pop(name), self._weight(name)))
         return values
 
 
-def _check_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
-    try:
-        return {name: float(weight) for name, weight in dict(weights or {}).items()}
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"`weights` must be a mapping from task to number, got {weights!r}."
-        ) from error
+def _is_number(value: object) -> bool:
+    return isinstance(value, (Real, Tensor))

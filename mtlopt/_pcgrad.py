@@ -144,6 +144,8 @@ class PCGrad(CombiningOptimizer):
         gram = sum_over_shards(_gradients.gram(gradients), self._parameters).cpu()
         orders = [[present.index(j) for j in drawn[i] if j in present and j != i] for i in present]
         coefficients = project_conflicts(gram.tolist(), orders)
+        if not gram.isfinite().all():  # A scaler must see it, also where the gradients are finite.
+            coefficients = [float("nan")] * len(present)
         if self.reduction == "mean":
             coefficients = [c / len(present) for c in coefficients]
         combined = _gradients.combine(gradients, coefficients)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mtlopt import _gradients
 from mtlopt._base import MultiTaskOptimizer
-from mtlopt._closure import repeat
+from mtlopt._classes import repeat
 from mtlopt._distributed import (
     agree,
     all_ranks,

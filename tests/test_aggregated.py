@@ -216,3 +216,19 @@ def test_an_overflow_skips_the_step(name: str, imperative: bool) -> None:
         optimizer.step(bad)
     assert_equal(snapshot(model), before)
     assert amp.get_scale() == 512.0
+
+
+def test_a_matrix_of_two_dtypes_is_of_the_wider() -> None:
+    """And each part of the result has its parameter's."""
+    narrow = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    wide = torch.ones(2, requires_grad=True)
+    tasks = ["a", "b", "c"]
+    losses = {t: (narrow * i).sum().float() + (wide * i / 3).sum() for i, t in enumerate(tasks, 1)}
+    optimizer = mtlopt.Aggregated(
+        torch.optim.SGD([narrow, wide], lr=1.0), tasks, torchjd.aggregation.TrimmedMean(1)
+    )
+    optimizer.backward(losses)
+    assert narrow.grad is not None
+    assert narrow.grad.dtype == torch.bfloat16
+    assert wide.grad is not None
+    assert wide.grad.tolist() == [torch.tensor(2 / 3).item()] * 2

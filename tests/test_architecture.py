@@ -14,7 +14,7 @@ PACKAGE = Path(mtlopt.__file__).parent
 
 # A module may import those of the lines before its own; a new one gets its place here.
 LAYERS = (
-    {"_closure", "_follower", "_gradients", "_losses"},
+    {"_classes", "_follower", "_gradients", "_losses"},
     {"_distributed"},
     {"_base", "_collect"},
     {"_conflicts", "_sequential", "_wrapper"},

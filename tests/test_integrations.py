@@ -248,6 +248,8 @@ def test_lightnings_wrapper_serves_the_methods_that_combine(method: str) -> None
     """The form of the documentation's page: no counter of Lightning's is touched."""
     program, module = fit_lightning(method, training_step, max_epochs=2)
     assert module.trainer.global_step == 16
+    seen = module.optimizers(use_pl_optimizer=False).diagnostics()
+    assert bool(seen) == (method != "joint")
     torch.manual_seed(0)
     batches = list(torch.utils.data.DataLoader(program.make_data(512), batch_size=64))
     plain = train_plainly(Run(program, module, Path(), 2 * batches), "lightning", method)

@@ -147,3 +147,16 @@ def test_weights_may_be_set_between_steps() -> None:
     optimizer.step(make_losses(model), x, y)
     make(twin, weights={"b": 0.25}).step(make_losses(twin), x, y)
     assert_equal(snapshot(model), snapshot(twin))
+    optimizer.weights = {"b": 0.25}  # The others keep the weight 1.
+    assert list(optimizer.step(make_losses(model), x, y)) == list(TASKS)
+
+
+def test_a_tensor_is_a_weight_that_may_change() -> None:
+    model, twin = twins()
+    weight = torch.tensor(0.5, dtype=torch.float64)
+    optimizer = make(model, weights={"b": weight})
+    weight.fill_(0.25)
+    x, y = batches(1)[0]
+    optimizer.step(make_losses(model), x, y)
+    make(twin, weights={"b": 0.25}).step(make_losses(twin), x, y)
+    assert_equal(snapshot(model), snapshot(twin))

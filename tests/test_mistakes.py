@@ -60,6 +60,40 @@ def test_a_gradient_that_was_not_combined_is_warned_of_once(method: str, form: s
 
 
 @combining
+@pytest.mark.parametrize("before", ["cleared", "stepped", "stepped on losses"])
+def test_a_combined_gradient_excuses_no_later_one(method: str, before: str) -> None:
+    model = Network()
+    optimizer = METHODS[method](model)
+    x, y = batches(1)[0]
+    if before == "stepped on losses":
+        optimizer.step(make_losses(model), x, y)
+        optimizer.zero_grad()
+    else:
+        optimizer.backward(make_losses(model)(TASKS, x, y))
+    if before == "stepped":
+        optimizer.step()
+        model.zero_grad()
+    else:
+        optimizer.zero_grad()
+    plain_backward(model)
+    with pytest.warns(UserWarning, match="did not make"):
+        optimizer.step()
+
+
+@combining
+def test_gradients_of_zero_are_nobodys(method: str) -> None:
+    """Torch's own functions step on them, to make the state that a checkpoint is loaded into."""
+    model = Network()
+    optimizer = METHODS[method](model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    x, y = batches(1)[0]
+    optimizer.step(make_losses(model), x, y)
+    optimizer.step()  # The same gradient once more, as in torch.
+
+
+@combining
 def test_gradients_of_backward_are_applied_without_a_warning(method: str) -> None:
     model = Network()
     optimizer = METHODS[method](model)
@@ -83,6 +117,17 @@ def test_the_unweighted_sum_may_come_from_anywhere() -> None:
     optimizer = mtlopt.JointOptimizer(SGD(model.parameters(), lr=0.1), TASKS)
     plain_backward(model)
     optimizer.step()
+
+
+def test_a_plain_state_of_another_release_is_taken() -> None:
+    """It lacks an option that has been added since, and a scheduler has left something."""
+    model = Network()
+    state = Adam(model.parameters(), lr=0.2).state_dict()
+    del state["param_groups"][0]["fused"]
+    state["param_groups"][0]["initial_lr"] = 0.3
+    optimizer = mtlopt.PCGrad(Adam(model.parameters(), lr=0.1), TASKS)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.2
 
 
 @pytest.mark.parametrize("method", ["independent", "pcgrad"])
@@ -170,6 +215,12 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "`shared` must be an iterable of parameters, such as `layer.parameters()`, "
         "got a Parameter.",
+    ),
+    "layers for their parameters": (
+        of(lambda m: mtlopt.GradNorm(SGD(m.parameters()), TASKS, m.trunk)),
+        TypeError,
+        "`shared` must be an iterable of parameters, such as `layer.parameters()`, "
+        "got a Sequential.",
     ),
     "a model for its parameters": (
         of(lambda m: mtlopt.conflicts({}, m, TASKS)),

@@ -304,3 +304,13 @@ def test_options_are_checked() -> None:
         make(Network(), reduction="max")
     with pytest.raises(ValueError, match=r"must not need a closure.*got LBFGS"):
         mtlopt.PCGrad(torch.optim.LBFGS(Network().parameters()), TASKS)
+
+
+def test_an_overflow_of_the_inner_products_alone_skips_the_step() -> None:
+    """Gradients of float32 may be finite where their squares are not; the scale must fall."""
+    w = torch.tensor([1.0, 1.0], requires_grad=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**70)
+    optimizer = mtlopt.PCGrad(torch.optim.SGD([w], lr=0.1), ["a", "b"], scaler=scaler)
+    optimizer.step({"a": w[0] - w[1], "b": w[1] - 2 * w[0]})
+    assert w.tolist() == [1.0, 1.0]
+    assert scaler.get_scale() == 2.0**69

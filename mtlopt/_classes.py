@@ -1,11 +1,31 @@
-"""Classes whose `step` evaluates the losses itself, as LBFGS's does."""
+"""What classes of optimizer differ in: their options, and whether they evaluate the losses."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+NOT_OPTIONS = {
+    *("params", "param_names"),
+    *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
+}
+"""What parameter groups hold beside the options of the class; the latter are of schedulers."""
+
+
+def check_class(optimizer: Optimizer, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses the saved groups of another class, which torch would take."""
+    own = optimizer.defaults.keys() & optimizer.param_groups[0].keys()
+    for group in groups:
+        # Another release may lack an option, or have one more, but not both.
+        missing, foreign = own - group.keys(), group.keys() - own - NOT_OPTIONS
+        if missing and foreign:
+            raise ValueError(
+                "`state_dict` must be of the same class of optimizer, "
+                f"{type(optimizer).__name__}, got one with {sorted(foreign)} and without "
+                f"{sorted(missing)}."
+            )
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
