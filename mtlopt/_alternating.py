@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._losses import LossesFunction, ReadyLosses, Task
-from mtlopt._sequential import Order, SequentialOptimizer
+from mtlopt._sequential import Order, SequentialOptimizer, refuse_closure
 from mtlopt._wrapper import WrappedOptimizer
 
 
@@ -116,11 +116,7 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
             ValueError: If a loss is not a scalar with a graph, or was not asked for. The earlier
                 tasks have stepped then.
         """
-        if closure is not None:
-            raise TypeError(
-                "`closure` must be None: each task has a loss of its own in `losses`. Where a "
-                "framework passes one, choose its manual optimization."
-            )
+        refuse_closure(closure)
         batches = self._batches(losses, batch, micro_batches)
         function = cast(LossesFunction, losses)
         values: dict[str, Tensor] = {}

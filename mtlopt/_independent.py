@@ -13,7 +13,7 @@ from mtlopt import _gradients
 from mtlopt._collect import collect
 from mtlopt._losses import LossesFunction, ReadyLosses, Task, check_tasks, list_batches, names_of
 from mtlopt._panel import Panel
-from mtlopt._sequential import Order
+from mtlopt._sequential import Order, refuse_closure
 
 Schedule: TypeAlias = Literal["sequential", "simultaneous"]
 
@@ -141,11 +141,7 @@ class IndependentOptimizer(Panel):
             ValueError: If a loss is not a scalar with a graph, or was not asked for. With
                 "sequential" the earlier tasks have stepped then.
         """
-        if closure is not None:
-            raise TypeError(
-                "`closure` must be None: each task has a loss of its own in `losses`. Where a "
-                "framework passes one, choose its manual optimization."
-            )
+        refuse_closure(closure)
         if self.schedule == "simultaneous" and losses is not None:
             return self._step_simultaneously(losses, list_batches(losses, batch, micro_batches))
         batches = self._batches(losses, batch, micro_batches)

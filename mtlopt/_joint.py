@@ -91,15 +91,14 @@ class JointOptimizer(CombiningOptimizer):
             raise ValueError(
                 f"`weights` must name tasks among {list(names)}, got {unknown} beside them."
             )
-        self.weights = {name: given.get(name, 1.0) for name in names}
+        self.weights: dict[str, float] = {name: given.get(name, 1.0) for name in names}
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns nothing: one backward pass of the sum tells no task from another."""
         return {}
 
     def _weight(self, name: str) -> float:
-        weight: float = self.weights.get(name, 1.0)
-        return weight
+        return self.weights.get(name, 1.0)
 
     def _is_sum(self) -> bool:
         return all(weight == 1 for weight in self.weights.values())

@@ -197,6 +197,15 @@ class SequentialOptimizer(MultiTaskOptimizer):
             optimizer.step()
 
 
+def refuse_closure(closure: object) -> None:
+    """Says why a step per task takes none, and who may have passed one."""
+    if closure is not None:
+        raise TypeError(
+            "`closure` must be None: each task has a loss of its own in `losses`. Where a "
+            "framework passes one, choose its manual optimization."
+        )
+
+
 def _agree(
     present: dict[str, Loss], names: tuple[str, ...], ranks: dist.ProcessGroup | None
 ) -> tuple[dict[str, int], dict[str, Tensor]]:

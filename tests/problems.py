@@ -62,6 +62,19 @@ def make_losses(model: nn.Module) -> Callable[..., dict[str, Tensor]]:
     return losses
 
 
+def step_overflowing(
+    optimizer: Any, losses: Mapping[str, Tensor], scaler: torch.amp.GradScaler, imperative: bool
+) -> None:
+    """Steps on losses of which task b's is too large once it is scaled."""
+    bad = {task: value * (1e308 if task == "b" else 1) for task, value in losses.items()}
+    if imperative:
+        optimizer.backward({task: scaler.scale(value) for task, value in bad.items()})
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step(bad)
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
