@@ -545,6 +545,7 @@ class Life(RuleBasedStateMachine):
         before = self.belongings(TASKS)
         with self.second_optimizer():
             values = self.take(form, part)
+        self.optimizer.diagnostics()
         self.compare_step([part], form, values, before)
 
     @contextmanager
