@@ -238,6 +238,19 @@ def test_what_gradnorm_saw_in_a_step_left_out_is_gone_with_the_gradients(
     torch.testing.assert_close(first, torch.tensor([1.0, 2.0]))
 
 
+def test_a_plain_sum_in_the_place_of_a_step_left_out_teaches_no_weights() -> None:
+    """What was combined has gone with the gradients: what lies there now is nobody's."""
+    w = nn.Parameter(torch.ones(1))
+    optimizer = mtlopt.GradNorm(SGD([w], lr=0.1), ["a", "b"], [w])
+    optimizer.backward({"a": 100 * w.sum(), "b": w.sum()})
+    nn.ParameterList([w]).zero_grad()
+    (w.sum() + 2 * w.sum()).backward()
+    with pytest.warns(UserWarning, match="did not make"):
+        optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.tensor([0.7]))
+    assert optimizer.diagnostics()["weights"].tolist() == [1.0, 1.0]
+
+
 # 3. Parameters that something replaces.
 
 
@@ -307,6 +320,25 @@ def test_every_task_trains_the_parameters_that_replaced_its_own(how: str, form: 
     optimizer = build(model)
     optimizer.load_state_dict(state)
     go_on(data[4:])
+
+
+def test_parameters_in_another_order_keep_their_states() -> None:
+    """As in torch, where a state belongs to its parameter, not to a place in a list."""
+    torch.manual_seed(1)
+    model = Network()
+    expected = copy.deepcopy(model)
+    optimizer = mtlopt.IndependentOptimizer(Adam, model.parameters(), TASKS, lr=0.01)
+    plain = [Adam(expected.parameters(), lr=0.01) for _ in TASKS]
+    for i, (x, y) in enumerate(batches(4)):
+        if i == 2:
+            for each in (optimizer, *plain):
+                each.param_groups[0]["params"].reverse()
+        for own, task in zip(plain, TASKS, strict=True):
+            expected.zero_grad()
+            make_losses(expected)((task,), x, y)[task].backward()
+            own.step()
+        optimizer.step(make_losses(model), x, y)
+    assert_equal(snapshot(model), snapshot(expected))
 
 
 def test_parameters_that_are_more_or_fewer_than_before_are_an_error() -> None:
