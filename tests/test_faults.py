@@ -562,8 +562,13 @@ def test_what_is_pinned_stays_though_the_panel_had_the_same_value() -> None:
         for group in (0, 1):
             assert rates_of(optimizer, "a", group) == (0.5, 0.2)
             assert rates_of(optimizer, "b", group) == (rate, 0.2)
-    optimizer.reset_overrides("a")
+    for group in optimizer["a"].param_groups:
+        group["lr"] = 0.125  # The task's own, though it is the panel's too.
     assert rates_of(optimizer, "a") == (0.125, 0.2)
+    set_panel(optimizer, 0.25, 0.2)
+    assert rates_of(optimizer, "a") == (0.125, 0.2)
+    optimizer.reset_overrides("a")
+    assert rates_of(optimizer, "a") == (0.25, 0.2)
     set_panel(optimizer, 0.5, 0.3)
     assert rates_of(optimizer, "a") == (0.5, 0.3)
 

@@ -657,6 +657,13 @@ class Life(RuleBasedStateMachine):
         self.plain.overrides[task, group, key] = rate
 
     @precondition(lambda self: self.independent)
+    @rule(task=st.sampled_from(TASKS), key=st.sampled_from(("lr", "weight_decay")))
+    def pin(self, task: str, key: str) -> None:
+        self.optimizer.pin(task, key)
+        for group, panel in enumerate(self.plain.panel):
+            self.plain.overrides.setdefault((task, group, key), panel[key])
+
+    @precondition(lambda self: self.independent)
     @rule(task=st.sampled_from(TASKS))
     def reset_overrides(self, task: str) -> None:
         self.optimizer.reset_overrides(task)
