@@ -1,0 +1,26 @@
+"""Starts the processes of a group as copies of one in which torch has been imported."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import multiprocessing
+
+IMPORTED = ["pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
+IMPORTED += [
+    "torch.nn.parallel",
+    "torch._dynamo",
+    "torchjd.aggregation",
+    "mtlopt",
+]  # an optimizer imports Dynamo
+
+
+def start(work: Callable[..., None], *arguments: Any, ranks: int) -> None:
+    """Runs `work(rank, *arguments)` in each of the processes, and raises what one of them raised.
+
+    Importing takes a process longer than most of what the tests do in it.
+    """
+    method = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        method = "forkserver"
+        multiprocessing.get_context(method).set_forkserver_preload(IMPORTED)
+    multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method=method)
