@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import multiprocessing
 
-IMPORTED = ["pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
-IMPORTED += [
-    "torch.nn.parallel",
-    "torch._dynamo",
+IMPORTED = [
+    "pytest",
+    "torch._dynamo",  # with the first optimizer
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
     "torchjd.aggregation",
     "mtlopt",
-]  # an optimizer imports Dynamo
+]
 
 
 def start(work: Callable[..., None], *arguments: Any, ranks: int) -> None:
