@@ -1,9 +1,10 @@
 """Starts the processes of a group as copies of one in which torch has been imported."""
 
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
-from torch import multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 IMPORTED = [
     "pytest",
@@ -24,4 +25,4 @@ def start(work: Callable[..., None], *arguments: Any, ranks: int) -> None:
     if "forkserver" in multiprocessing.get_all_start_methods():
         method = "forkserver"
         multiprocessing.get_context(method).set_forkserver_preload(IMPORTED)
-    multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method=method)
+    start_processes(work, arguments, nprocs=ranks, start_method=method)

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
     ("program", "options", "rows"),
     [
         ("combination.py", ["--tasks", "2"], 2),
-        ("steps.py", ["--width", "8", "--size", "32"], 12),
+        ("steps.py", ["--width", "8", "--size", "32", "--memory", "joint"], 12),
         ("overhead.py", [], 3),
         ("refuge_step.py", [*SMALL, "--eager"], 1 + 4),  # Its header has numbers too.
     ],
