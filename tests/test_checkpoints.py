@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import mtlopt
 from problems import SHARDS, TASKS, Network, batches, make_losses
-from processes import start
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,

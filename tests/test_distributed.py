@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mtlopt
 from problems import SHARDS, TASKS, Network, batches
-from processes import start
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,
