@@ -140,8 +140,8 @@ def main() -> None:
         f"Batches of {options.batch_size} pictures of {options.size} x {options.size}; the "
         f"glaucoma network of width {options.width}. Medians of {options.processes} processes' "
         f"medians over {options.repetitions} interleaved steps; ratios with their range over the "
-        "processes; peak memory of a process of its own, above the joint loop's; UPGrad's has TorchJD "
-        "and its solver in it.\n\n"
+        "processes; peak memory of a process of its own, above the joint loop's; TorchJD "
+        "and its solver are in UPGrad's.\n\n"
     )
     columns = ["network", "method", "ms", "times the joint loop by hand", "MiB more"]
     measured.write_results(options, "features", text + measured.write_table(columns, rows))

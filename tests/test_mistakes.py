@@ -164,7 +164,7 @@ def of(make: Callable[[Any], Any]) -> Callable[[], Any]:
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an instance for a class": (
-        of(lambda m: mtlopt.IndependentOptimizer(Adam(m.parameters()), m.parameters(), TASKS)),  # type: ignore[arg-type]  # on purpose
+        of(lambda m: mtlopt.IndependentOptimizer(Adam(m.parameters()), m.parameters(), TASKS)),  # type: ignore[call-overload]  # on purpose
         TypeError,
         "has its parameters and options already: IndependentOptimizer(optimizer, tasks)",
     ),
