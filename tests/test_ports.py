@@ -1,0 +1,105 @@
+"""Ten kinds of training scripts, ported: lines to write, the same weights, and they train.
+
+Each file of `ports/` is the script and its two ports in one, by the mark at the head of a line:
+blank in all three, `-` in the script alone, `f` in the function form, `r` in the ready form, `p` in
+both ports, `o` in the script and the ready form.
+"""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mtlopt
+
+SCRIPTS = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("ports/*.txt")}
+SCRIPT, FUNCTION, READY = " -o", " fp", " rpo"
+import mtlopt._losses as L
+_c = L._call
+L._call = lambda losses, names, batch: {k: v for k, v in _c(losses, names, batch).items() if k in names}
+METHODS: dict[str, Any] = {
+    "independent": lambda base, tasks, **k: mtlopt.IndependentOptimizer(type(base), [dict(g) for g in base.param_groups], tasks, **k),
+    "alternating": mtlopt.AlternatingOptimizer,
+    "pcgrad": mtlopt.PCGrad,
+    # The first parameter of each script is one that all tasks share.
+    "gradnorm": lambda base, tasks, **k: mtlopt.GradNorm(base, tasks, base.param_groups[0]["params"][:1], **k),
+}
+# Micro-batches are averaged task by task, so that sums round otherwise than in the script.
+ACCUMULATING = {"jointbert", "yolo"}
+NEGATIVE = {"ppo"}  # A policy loss may be, and GradNorm wants positive ones.
+
+
+def source(name: str, marks: str) -> str:
+    return "\n".join(line[2:] for line in SCRIPTS[name].splitlines() if (line or " ")[0] in marks)
+
+
+def written(name: str, marks: str) -> list[str]:
+    """Returns the lines to write: those that the script does not have, however indented.
+
+    Imports do not count.
+    """
+    old = Counter(line.strip() for line in source(name, SCRIPT).splitlines())
+    new = Counter(line.strip() for line in source(name, marks).splitlines())
+    lines = list((new - old).elements())
+    return [line for line in lines if line and not line.startswith(("import ", "from "))]
+
+
+def run(name: str, marks: str, method: Any = mtlopt.JointOptimizer) -> dict[str, Any]:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": name, "method": method}
+    code = source(name, marks).replace("mtlopt.JointOptimizer(", "method(")
+    exec(compile(code, name, "exec"), names)
+    return names
+
+
+def scripts() -> list[Any]:
+    slow = {"trainer"}  # for its import
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in slow else ())
+        for name in sorted(SCRIPTS)
+    ]
+
+
+def forms(name: str) -> list[str]:
+    return [FUNCTION] if name == "trainer" else [FUNCTION, READY]
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_a_port_under_the_joint_optimizer_is_the_script_bit_for_bit(name: str) -> None:
+    tolerances = dict.fromkeys(forms(name), 0.0)
+    if name in ACCUMULATING:
+        torch.set_default_dtype(torch.float64)
+        tolerances[FUNCTION] = 1e-9
+    old = run(name, SCRIPT)
+    assert old["after"] < 0.9 * old["before"]
+    for form, tolerance in tolerances.items():
+        new = run(name, form)
+        for own, other in zip(new["model"].parameters(), old["model"].parameters(), strict=True):
+            torch.testing.assert_close(own, other, rtol=0, atol=tolerance, msg=form)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", scripts())
+def test_a_port_trains_with_the_other_methods(name: str, method: str) -> None:
+    if method == "gradnorm" and name in NEGATIVE:
+        pytest.skip("GradNorm wants positive losses")
+    for form in forms(name):
+        if form == READY and method in ("independent", "alternating"):
+            continue
+        trained = run(name, form, METHODS[method])
+        assert trained["after"] < 0.9 * trained["before"], form
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_few_lines_have_to_be_written(name: str) -> None:
+    for form in forms(name):
+        lines = written(name, form)
+        print(len(lines), *lines, sep="\n    ")
+        assert len(lines) <= (6 if form == FUNCTION else 2), lines
+
+
+def test_there_are_ten() -> None:
+    assert len(SCRIPTS) == 10
