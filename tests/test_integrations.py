@@ -233,6 +233,7 @@ def fit(
     *,
     size: int = 64,
     optimizer: Any = None,
+    module: Any = None,
     plugins: Any = None,
     callbacks: Any = (),
     **switches: Any,
@@ -246,7 +247,7 @@ def fit(
     program.evaluate = recording(batches)
     torch.manual_seed(0)
     data = goods.make_data(512)
-    module = program.Module(method)
+    module = program.Module(method) if module is None else module()
     if optimizer is not None:
         module.configure_optimizers = lambda: optimizer(module.parameters())
     switches = {"logger": False, "enable_checkpointing": False, "max_epochs": 2} | switches
@@ -346,6 +347,42 @@ def test_lightnings_scaler_serves_float16(method: str) -> None:
     assert_same(trained.weights, plain.state_dict())
     assert plugin.scaler is not None
     assert plugin.scaler.get_scale() < 65536  # The first gradients overflow.
+
+
+def training_step(self: Any, batch: Any, batch_idx: int) -> None:
+    optimizer = self.optimizers()  # Lightning's wrapper, which counts
+    optimizer.zero_grad()
+    optimizer.backward(self.losses(TASKS, batch))
+    optimizer.step()
+    self.lr_schedulers().step()
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm"])
+def test_lightnings_wrapper_serves_the_methods_that_combine(method: str) -> None:
+    """The form of the documentation's page, in a module that is Lightning's own."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.network = goods.Network()
+
+        def configure_optimizers(self) -> Any:
+            adam = torch.optim.Adam(self.network.parameters(), lr=0.01)
+            optimizer = goods.wrap(method, self.network, adam)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.997)]
+
+        def losses(self, tasks: Any, batch: Any) -> Any:
+            batches.append(batch)
+            return goods.evaluate(self.network, tasks, batch)
+
+    batches: list[dict[str, Tensor]] = []
+    Module.training_step = training_step
+    trained = fit(method, module=Module)
+    assert trained.returned.global_step == 16
+    assert trained.returned.optimizers[0].diagnostics()
+    assert_same(trained.weights, train_plainly(batches, "lightning", method).state_dict())
 
 
 # Trainer's switches.

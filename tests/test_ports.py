@@ -5,7 +5,6 @@ blank in all three, `-` in the script alone, `f` in the function form, `r` in th
 both ports, `o` in the script and the ready form.
 """
 
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,27 @@ import torch
 
 import mtlopt
 
-SCRIPTS = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("ports/*.txt")}
+SCRIPTS = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in Path(__file__).parent.glob("ports/*.txt")
+}
 SCRIPT, FUNCTION, READY = " -o", " fp", " rpo"
 import mtlopt._losses as L
+
 _c = L._call
-L._call = lambda losses, names, batch: {k: v for k, v in _c(losses, names, batch).items() if k in names}
+L._call = lambda losses, names, batch: {
+    k: v for k, v in _c(losses, names, batch).items() if k in names
+}
 METHODS: dict[str, Any] = {
-    "independent": lambda base, tasks, **k: mtlopt.IndependentOptimizer(type(base), [dict(g) for g in base.param_groups], tasks, **k),
+    "independent": lambda base, tasks, **k: mtlopt.IndependentOptimizer(
+        type(base), [dict(g) for g in base.param_groups], tasks, **k
+    ),
     "alternating": mtlopt.AlternatingOptimizer,
     "pcgrad": mtlopt.PCGrad,
     # The first parameter of each script is one that all tasks share.
-    "gradnorm": lambda base, tasks, **k: mtlopt.GradNorm(base, tasks, base.param_groups[0]["params"][:1], **k),
+    "gradnorm": lambda base, tasks, **k: mtlopt.GradNorm(
+        base, tasks, base.param_groups[0]["params"][:1], **k
+    ),
 }
 # Micro-batches are averaged task by task, so that sums round otherwise than in the script.
 ACCUMULATING = {"jointbert", "yolo"}
@@ -103,3 +112,27 @@ def test_few_lines_have_to_be_written(name: str) -> None:
 
 def test_there_are_ten() -> None:
     assert len(SCRIPTS) == 10
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_entropy_bonus_belongs_to_the_policy(seed: int) -> None:
+    """As a task Adam brings it to full size, and the policy stays at a throw of the dice."""
+    code = source("ppo", FUNCTION)
+    bonus = " - ent_coef * policy.entropy().mean()"
+    assert bonus in code
+    code = code.replace(bonus, ', "entropy": -ent_coef * policy.entropy().mean()')
+
+    def entropy(tasks: str) -> Any:
+        own = code.replace(
+            'mtlopt.JointOptimizer(optimizer, ("policy", "value"))', f"make({tasks})"
+        )
+        assert own != code
+        torch.manual_seed(seed)
+        names: dict[str, Any] = {}
+        names["make"] = lambda *tasks: METHODS["independent"](names["optimizer"], tasks)
+        exec(compile(own, "ppo", "exec"), names)
+        return names["agent"](names["contexts"])[0].entropy().mean()
+
+    uniform = torch.tensor(4.0).log()
+    assert entropy('"policy", "entropy", "value"') > 0.95 * uniform
+    assert entropy('("policy", "entropy"), "value"') < 0.5 * uniform
