@@ -19,21 +19,13 @@ SCRIPTS = {
     for path in Path(__file__).parent.glob("ports/*.txt")
 }
 SCRIPT, FUNCTION, READY = " -o", " fp", " rpo"
-import mtlopt._losses as L
-
-_c = L._call
-L._call = lambda losses, names, batch: {
-    k: v for k, v in _c(losses, names, batch).items() if k in names
-}
 METHODS: dict[str, Any] = {
-    "independent": lambda base, tasks, **k: mtlopt.IndependentOptimizer(
-        type(base), [dict(g) for g in base.param_groups], tasks, **k
-    ),
+    "independent": mtlopt.IndependentOptimizer,
     "alternating": mtlopt.AlternatingOptimizer,
     "pcgrad": mtlopt.PCGrad,
     # The first parameter of each script is one that all tasks share.
-    "gradnorm": lambda base, tasks, **k: mtlopt.GradNorm(
-        base, tasks, base.param_groups[0]["params"][:1], **k
+    "gradnorm": lambda base, tasks, **options: mtlopt.GradNorm(
+        base, tasks, base.param_groups[0]["params"][:1], **options
     ),
 }
 # Micro-batches are averaged task by task, so that sums round otherwise than in the script.

@@ -50,8 +50,7 @@ def wrap(
 ) -> mtlopt.MultiTaskOptimizer:
     """The one line that differs."""
     if method == "independent":
-        groups = [dict(group) for group in adam.param_groups]
-        return mtlopt.IndependentOptimizer(type(adam), groups, TASKS, **options)
+        return mtlopt.IndependentOptimizer(adam, TASKS, **options)
     if method == "joint":
         return mtlopt.JointOptimizer(adam, TASKS, **options)
     if method == "pcgrad":
