@@ -213,7 +213,8 @@ class GradNorm(CombiningOptimizer):
             total = sum(seen[name] for name in names_of(task) if name in seen)
             if total <= 0:
                 raise ValueError(
-                    f"The loss of task {task!r} must be positive for GradNorm, got {total}."
+                    f"The loss of task {task!r} must be positive for GradNorm, got {total}: "
+                    "choose mtlopt.PCGrad(optimizer, tasks)."
                 )
         for (task, gradient), size in zip(sums.items(), numbers, strict=False):
             pending = self._pending.setdefault(task, _Pending())

@@ -83,10 +83,9 @@ class SequentialOptimizer(MultiTaskOptimizer):
                 f"{self._with_ready_losses}"
             )
         if not callable(losses):
-            remedy = ": dict(zip(tasks, losses))" if isinstance(losses, (list, tuple)) else ""
             raise TypeError(
                 "`losses` must be a function losses(tasks, *batch), before the batch, "
-                f"got {type(losses).__name__}{remedy}."
+                f"got {type(losses).__name__}: optimizer.step(losses, *batch)."
             )
 
     _without_losses: str
@@ -162,7 +161,8 @@ def refuse_closure(closure: object) -> None:
     if closure is not None:
         raise TypeError(
             "`closure` must be None: each task has a loss of its own in `losses`. Where a "
-            "framework passes one, choose its manual optimization."
+            "framework passes one, choose its manual optimization, or subclass "
+            "mtlopt.lightning.MultiTaskModule."
         )
 
 
