@@ -176,34 +176,34 @@ class CombiningOptimizer(WrappedOptimizer):
             losses: Mapping from task to a scalar loss, (loss, count) or None, of one forward pass.
         """
         self._add_gradient(self._question(losses), [()], arrived=True)
-        self._watch.changed()
-        self._watch.combined = True
+        self._watch.made(self._parameters)
 
     @torch.enable_grad()
     def _fresh_gradient(self, question: Question, batches: Batches) -> dict[str, Tensor]:
         self._clear()
-        values = self._add_gradient(question, batches, arrived=False)
-        self._watch.combined = True
-        return values
+        return self._add_gradient(question, batches, arrived=False)
 
     def _apply(self, closure: Callable[[], Any] | None) -> Any:
         """Applies what lies in `.grad`, as torch's `step` does."""
         if closure is None and self._is_repeated():
             return None
-        result: Any = self.base.step() if closure is None else self.base.step(closure)
-        self._warn_unless_combined()
+        result: Any
+        if closure is None:
+            self._check_made()
+            result = self.base.step()
+        else:
+            result = self.base.step(closure)
+            self._check_made()
         self._stepped(None)
         return result
 
-    def _warn_unless_combined(self) -> None:
-        combined, self._watch.combined = self._watch.combined, False
-        if combined or self._is_sum() or len(self.tasks) == 1:
-            return
-        given = [p.grad for p in self._parameters if p.grad is not None]
-        if any(getattr(gradient, "to_local", lambda g=gradient: g)().any() for gradient in given):
+    def _check_made(self) -> None:
+        """Warns of gradients that the method did not make, where that makes a difference."""
+        plain = self._is_sum() or len(self.tasks) == 1
+        if not plain and not self._watch.is_made(self._parameters):
             self._watch.once(
                 "plain",
-                f"`step` of {type(self).__name__} without losses applied gradients that it did "
+                f"`step` of {type(self).__name__} without losses applies gradients that it did "
                 "not make: call `optimizer.backward(losses)` in the place of "
                 "`sum(losses).backward()`, or `optimizer.step(losses, *batch)`. A framework that "
                 "takes the backward pass itself makes the plain sum of every method.",

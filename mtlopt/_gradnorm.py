@@ -17,6 +17,7 @@ from mtlopt._distributed import ALONE
 from mtlopt._gradients import Gradients, add, norm
 from mtlopt._losses import Question, Task, check_parameters, names_of, sum_tensors
 from mtlopt._passes import backward, partial, put
+from mtlopt._shards import local
 
 MARK = "_mtlopt_pending"
 
@@ -125,8 +126,7 @@ class GradNorm(CombiningOptimizer):
     def _add_gradient(
         self, question: Question, batches: Batches, arrived: bool
     ) -> dict[str, Tensor]:
-        if self._is_cleared():
-            self._pending.clear()
+        self._drop_stale()
         single = len(batches) == 1 and (self.forwards == "joint" or not question.is_function)
         at_once = single and self._ranks is ALONE
         add_gradient = self._add_at_once if at_once else self._add_collected
@@ -135,12 +135,20 @@ class GradNorm(CombiningOptimizer):
             setattr(gradient, MARK, gradient._version)
         return values
 
-    def _is_cleared(self) -> bool:
-        """Whether the gradient that what is pending belongs to has gone from `.grad`."""
+    def _check_made(self) -> None:
+        super()._check_made()
+        self._drop_stale()
+
+    def _drop_stale(self) -> None:
+        """Forgets what is pending where the gradient that it belongs to has gone from `.grad`."""
         gradient = self.shared[0].grad
-        if gradient is None or not hasattr(gradient, MARK):
-            return True
-        return getattr(gradient, MARK) != gradient._version and not gradient.any()
+        made = None if gradient is None else getattr(gradient, MARK, None)
+        if (
+            gradient is None
+            or made is None
+            or (made != gradient._version and not local(gradient).any())
+        ):
+            self._pending.clear()
 
     def _seen_gradients(self) -> Gradients:
         # DDP does not reduce those that the weights learn from.

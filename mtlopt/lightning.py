@@ -1,6 +1,6 @@
 """MultiTaskModule: a LightningModule whose optimizer is any of this package's.
 
-It needs ``pip install "mtlopt[lightning]"``.
+It needs ``pip install lightning``.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """MultiTaskTrainer: a Hugging Face Trainer whose optimizer is any of this package's.
 
-It needs ``pip install "mtlopt[transformers]"``.
+It needs ``pip install transformers accelerate``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ try:
     from accelerate.utils import DistributedType
     from transformers import Trainer
 except ModuleNotFoundError as error:
-    remedy = "pip install 'mtlopt[transformers]'"
+    remedy = "pip install transformers accelerate"
     raise ModuleNotFoundError(f"{error}: {remedy}", name=error.name) from None
 
 __all__ = ["MultiTaskTrainer"]
