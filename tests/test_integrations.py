@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
-METHODS = ["independent", "joint", "pcgrad", "gradnorm"]
+METHODS = ["independent", "pcgrad", "gradnorm"]
 EPOCHS, STEPS = 20, 160  # The programs save a checkpoint half way.
 LENGTH = {
     "lightning": ["--epochs", str(EPOCHS)],
@@ -236,6 +236,7 @@ def fit(
     module: Any = None,
     plugins: Any = None,
     callbacks: Any = (),
+    resume: Path | None = None,
     **switches: Any,
 ) -> Run:
     """Trains the program's module with a trainer of the test's own."""
@@ -259,7 +260,7 @@ def fit(
         callbacks=list(callbacks),
         **switches,
     )
-    trainer.fit(module, DataLoader(data, batch_size=size))
+    trainer.fit(module, DataLoader(data, batch_size=size), ckpt_path=resume)
     return Run(trainer, Path(), batches)
 
 
@@ -353,6 +354,43 @@ def test_lightnings_scaler_serves_float16(method: str) -> None:
     assert_same(trained.weights, plain.state_dict())
     assert plugin.scaler is not None
     assert plugin.scaler.get_scale() < 65536  # The first gradients overflow.
+
+
+@pytest.mark.parametrize("method", ["independent", "gradnorm"])
+def test_a_run_in_float16_resumes_with_its_scaler(method: str, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.plugins import MixedPrecision
+
+    def train(**switches: Any) -> tuple[Run, Any]:
+        plugin: Any = MixedPrecision("16-mixed", "cpu")
+        plugin.scaler = torch.amp.GradScaler("cpu", growth_interval=5)
+        return fit(method, max_epochs=2, plugins=plugin, **switches), plugin.scaler
+
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole, scaler = train(callbacks=[save], enable_checkpointing=True)
+    again = ModelCheckpoint(tmp_path / "again")
+    first = tmp_path / "epoch=0.ckpt"
+    resumed, other = train(callbacks=[again], enable_checkpointing=True, resume=first)
+    assert len(resumed.batches) == 8
+    assert scaler.state_dict() == other.state_dict()
+    assert scaler.get_scale() != 65536
+    assert_same(whole.weights, resumed.weights)
+
+
+def test_losses_may_log_more_than_losses() -> None:
+    """As the documentation says of an accuracy."""
+    import lightning
+
+    program: Any = load("lightning")
+
+    class Module(program.Module):  # type: ignore[misc]  # loaded from a file
+        def losses(self, tasks: Any, batch: Any) -> Any:
+            self.log("seen", float(len(batch["inputs"])))
+            return super().losses(tasks, batch)
+
+    trained = fit("independent", module=lambda: Module("independent"), max_steps=1)
+    assert isinstance(trained.returned, lightning.Trainer)
+    assert trained.returned.callback_metrics["seen"] == 64
 
 
 def training_step(self: Any, batch: Any, batch_idx: int) -> None:
