@@ -1,7 +1,7 @@
 """SequentialOptimizer: the methods that step through the tasks in turn."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -90,6 +90,15 @@ class SequentialOptimizer(MultiTaskOptimizer):
 
     _without_losses: str
     _with_ready_losses: str
+
+    if not TYPE_CHECKING:  # Or every attribute would pass for one.
+
+        def __getattr__(self, name: str) -> Any:
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name == "backward":
+                text += ", since each task has a backward pass and a step of its own: "
+                text += "optimizer.step(losses, *batch)."
+            raise AttributeError(text, name=name, obj=self)
 
     @torch.enable_grad()
     def _backward(

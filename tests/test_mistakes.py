@@ -302,6 +302,7 @@ TYPICAL: list[Callable[[], Any]] = [  # in the order of the documentation's tabl
     of(lambda m: Wrong.GradNorm(SGD(m.parameters()), TASKS, shared=m.trunk)),
     of(lambda m: pcgrad(m).step(*batches(1)[0], make_losses(m))),
     of(lambda m: independent(m).step(make_losses(m)(TASKS, *batches(1)[0]))),
+    of(lambda m: independent(m).backward(make_losses(m)(TASKS, *batches(1)[0]))),
     of(lambda m: (plain_backward(m), independent(m).step())),
     of(step_on_features_from_outside),
     stepping(pcgrad, lambda found: sum(found.values())),
@@ -328,5 +329,6 @@ def test_each_row_of_the_page_has_its_mistake() -> None:
 @pytest.mark.parametrize(("mistake", "line"), list(zip(TYPICAL, ROWS, strict=False)), ids=ROWS)
 def test_a_typical_mistake_ends_in_the_line_to_write(mistake: Callable[[], Any], line: str) -> None:
     """Errors and warnings alike: here, warnings are errors."""
-    with pytest.raises((TypeError, ValueError, RuntimeError, UserWarning), match=re.escape(line)):
+    kinds = (AttributeError, RuntimeError, TypeError, UserWarning, ValueError)
+    with pytest.raises(kinds, match=re.escape(line)):
         mistake()

@@ -111,6 +111,12 @@ def test_the_loop_trains_before_and_after_the_diff(diff: str, sign: str) -> None
     assert isinstance(names["optimizer"], mtlopt.MultiTaskOptimizer) == (sign == "+")
 
 
+def test_the_first_page_shows_the_readmes_first_diff_abridged() -> None:
+    (short,) = blocks(DOCS / "index.md", "diff")
+    whole = blocks(README, "diff")[0].splitlines()
+    assert set(short.splitlines()) - {""} <= set(whole)
+
+
 def test_both_sides_of_the_diff_minimise_the_same_sum() -> None:
     """The reader changes the method and nothing else."""
     _, diff = blocks(README, "diff")
