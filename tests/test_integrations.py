@@ -6,7 +6,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -564,6 +564,24 @@ def test_what_the_user_has_to_write_is_named(tmp_path: Path) -> None:
     trainer.make_optimizer = lambda optimizer: optimizer
     with pytest.raises(TypeError, match="`make_optimizer` must return an optimizer of mtlopt"):
         trainer.train()
+
+
+def test_what_has_not_been_tried_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    from mtlopt.transformers import MultiTaskTrainer
+
+    program: Any = load("lightning")
+    module = program.Module("pcgrad")
+    module._trainer = SimpleNamespace(world_size=2, scaler=None, strategy=object())
+    with pytest.raises(ValueError, match=r'under Trainer\(strategy="ddp"\), got object'):
+        module._prepare(module.configure_optimizers()[0][0])
+    forget_processes()
+    trainer: Any = MultiTaskTrainer(goods.Network(), train_dataset=goods.make_data(8))
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="on one device or under DDP, got FSDP"):
+        trainer.create_optimizer()
 
 
 @pytest.mark.parametrize("name", ["mtlopt.lightning", "mtlopt.transformers"])
