@@ -4,6 +4,7 @@ import doctest
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -432,7 +433,9 @@ def test_lightnings_wrapper_serves_the_methods_that_combine(method: str) -> None
 # Trainer's switches.
 
 
-def train_trainer(method: str, folder: Path, **switches: Any) -> tuple[Any, Run]:
+def train_trainer(
+    method: str, folder: Path, prepare: Callable[[Any], None] | None = None, **switches: Any
+) -> tuple[Any, Run]:
     from transformers import TrainingArguments
 
     forget_processes()
@@ -457,6 +460,8 @@ def train_trainer(method: str, folder: Path, **switches: Any) -> tuple[Any, Run]
     )
     trainer = program.GoodsTrainer(goods.Network(), settings, train_dataset=data, eval_dataset=data)
     trainer.method = method
+    if prepare is not None:
+        prepare(trainer)
     trainer.train()
     return trainer, Run(trainer, folder, batches)
 
@@ -529,6 +534,22 @@ def test_trainer_takes_an_optimizer_that_was_made_before(tmp_path: Path) -> None
     trainer.train()
     trainer.train()  # Once more: the optimizer comes back in Accelerate's wrapper.
     assert "conflict_fraction" in optimizer.diagnostics()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trainers_scaler_serves_float16(method: str, tmp_path: Path) -> None:
+    """Trainer allows `fp16` on a GPU alone, so what Accelerate makes of it is set by hand."""
+
+    def scale(trainer: Any) -> None:
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.state._mixed_precision = "fp16"
+
+    switches: dict[str, Any] = {"learning_rate": 0.01, "lr_scheduler_type": "cosine"}
+    trainer, trained = train_trainer(method, tmp_path, scale, max_steps=16, **switches)
+    plain = train_plainly(trained.batches, "trainer", method, dtype=torch.float16)
+    assert_same(trained.weights, plain.state_dict())
+    assert trainer.accelerator.scaler.get_scale() < 65536  # The first gradients overflow.
 
 
 @pytest.mark.parametrize("method", METHODS)
