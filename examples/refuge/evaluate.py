@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint import make_folder, write_json
-from data import describe, load_splits
 from errors import InputError, report_errors
-from evaluation import evaluate
-from repacked import SPLITS
-from report import format_table, missing_ratios, write_predictions
+from measurement.evaluation import evaluate
+from measurement.report import format_table, missing_ratios, write_predictions
+from photographs.data import describe, load_splits
+from photographs.repacked import SPLITS
 from runs import open_run
 from settings import Parser, complete
 

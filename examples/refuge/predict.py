@@ -21,13 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import make_folder, write_csv, write_whole
-from data import shrink
 from errors import InputError, report_errors
-from evaluation import Trained, diagnose, summarise
-from figures import outline, save
+from measurement.evaluation import Trained, diagnose, summarise
+from measurement.figures import outline, save
 from metrics import largest_component
 from network import TASKS
-from records import file_record
+from photographs.data import shrink
+from photographs.records import file_record
 from runs import open_run
 from settings import Parser
 

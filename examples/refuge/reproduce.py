@@ -14,12 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from checkpoint import make_folder
-from data import describe, load_splits
 from errors import InputError, report_errors
 from methods import build_aggregator
+from photographs.data import describe, load_splits
 from runs import open_run
 from settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
-from study import (
+from study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
+from study.tables import (
     FinishedRun,
     choose_rates,
     read_run,
@@ -27,7 +28,6 @@ from study import (
     write_runs,
     write_table,
 )
-from study_figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
 from train import train
 
 METHODS = {

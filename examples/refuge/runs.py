@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
-from diagnosis import RatioClassifier
 from errors import InputError
-from evaluation import Trained
+from measurement.diagnosis import RatioClassifier
+from measurement.evaluation import Trained
 from methods import Network, build_network
 from network import TASKS
 from settings import Settings, read_settings
@@ -40,36 +40,28 @@ def parts(settings: Settings) -> dict[str, tuple[str, ...]]:
     return {"": TASKS}
 
 
-def save_best(
-    folder: Path,
-    network: Network,
-    epoch: int,
-    improved: Sequence[str],
-    tasks: Sequence[str],
-    classifier: RatioClassifier | None,
-) -> None:
+def save_best(folder: Path, epoch: int, improved: Sequence[str], trained: Trained) -> None:
     """Keeps the weights of the parts that validated best so far; those of the others stay.
 
     Args:
         folder: The run folder.
-        network: With the weights of this epoch.
         epoch: Its number.
         improved: The parts.
-        tasks: What the network learns.
-        classifier: The classifier on vCDR.
+        trained: The network, with the weights of this epoch.
     """
     file = folder / BEST
     before: Mapping[str, Any] = {"model": {}, "epochs": {}}
     if file.exists() and "" not in improved:
         before = load_checkpoint(file)
-    own = {k: v for k, v in network.state_dict().items() if k.startswith(tuple(improved))}
+    weights = trained.network.state_dict()
+    own = {k: v for k, v in weights.items() if k.startswith(tuple(improved))}
     save_checkpoint(
         file,
         {
             "model": before["model"] | own,
             "epochs": before["epochs"] | dict.fromkeys(improved, epoch),
-            "tasks": tuple(tasks),
-            "classifier": classifier and tuple(classifier),
+            "tasks": tuple(trained.tasks),
+            "classifier": trained.classifier and tuple(trained.classifier),
         },
     )
 

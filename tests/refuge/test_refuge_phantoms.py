@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metrics import vertical_cup_to_disc_ratio
-from phantoms import COUNTS, draw_eye, draw_phantom, phantom_records, to_pixels
+from photographs.phantoms import COUNTS, draw_eye, draw_phantom, phantom_records, to_pixels
 
 EYES = [draw_eye(seed) for seed in range(400)]
 

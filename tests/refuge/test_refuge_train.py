@@ -18,12 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-import figures
 import mtlopt
+import preparation
 import train
 from errors import InputError
+from measurement import figures
+from measurement.evaluation import Trained
 from methods import build_network, build_optimizer
 from network import TASKS
+from processes import ALONE
 from refuge.tiny_data import ENVIRONMENT, TRAIN_PY, Run, entry, write_split
 from runs import load_best, parts, save_best
 from settings import METHODS, Settings, claim_folder, parse
@@ -108,9 +111,9 @@ def test_weights_are_those_of_the_joint_loss(repacked: Path) -> None:
 
 def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: Path) -> None:
     """Each network and its Adam never hear of the others; each keeps its own best epoch."""
-    from data import load_splits
     from losses import LOSSES
     from network import SingleTaskNetworks
+    from photographs.data import load_splits
 
     out = tmp_path / "run"
     arguments = ("--data", repacked, "--method", "single", "--epochs", 2, *TINY, "--dropout", 0)
@@ -136,7 +139,7 @@ def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: 
 def test_a_score_that_is_none_replaces_no_better_one() -> None:
     """A network that diverged cannot be measured; the weights from before stay."""
     settings = Settings(width=2)
-    state = train.build_state(settings, train.ALONE, None)
+    state = preparation.build_state(settings, ALONE, None)
     assert state.improved({"": None}) == [""]
     assert state.improved({"": 0.5}) == [""]
     assert state.improved({"": None}) == []
@@ -165,7 +168,7 @@ def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.fill_(epoch)
-        save_best(tmp_path, network, epoch, improved, TASKS, None)
+        save_best(tmp_path, epoch, improved, Trained(network, TASKS, None))
     trained, epochs = load_best(tmp_path, network, settings)
     assert epochs == dict(zip(prefixes, (15, 10, 5, 5), strict=True))
     for prefix, epoch in epochs.items():
@@ -175,9 +178,9 @@ def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
 
 def test_training_equals_a_plain_loop(repacked: Path, tmp_path: Path) -> None:
     """Eq. 3 by hand: per task a fresh forward pass and an Adam of its own."""
-    from data import load_splits
     from losses import LOSSES
     from network import MultiTaskUNet
+    from photographs.data import load_splits
 
     out = tmp_path / "run"
     run_here("--data", repacked, "--epochs", 2, *TINY, "--out", out, "--seed", 3)
@@ -371,7 +374,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "load_splits", interrupt)
+    monkeypatch.setattr(preparation, "load_splits", interrupt)
     assert run_here("--out", tmp_path / "run") == 130
     assert capsys.readouterr().err == "train.py: interrupted; nothing was written\n"
     assert not list(tmp_path.iterdir())
@@ -582,7 +585,7 @@ def test_the_published_configuration_is_reachable_and_stated() -> None:
     settings = parse([*flags, "--out", "nowhere"]).settings
     assert settings == Settings(width=64, size=256, lr=1e-4, epochs=300)
     assert (settings.batch_size, settings.norm, settings.amp) == (8, "batch", "off")
-    assert (settings.dropout, train.VALIDATE_EVERY) == (0.8, 5)
+    assert (settings.dropout, preparation.VALIDATE_EVERY) == (0.8, 5)
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from network import TASKS
-from records import Record
-from vessels import draw_vessels
+from photographs.records import Record
+from photographs.vessels import draw_vessels
 
 Array = NDArray[np.float64]
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from checkpoint import write_whole
-from data import Photographs
-from evaluation import Predictions
+from measurement.evaluation import Predictions
+from photographs.data import Photographs
 
 TRUE, PREDICTED = "white", "deepskyblue"
 History = Sequence[Mapping[str, Any]]

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from data import Photographs
-from evaluation import Trained, summarise
-from figures import TRUE, grid, outline, save, show
 from losses import saliency_maps
-from study import COLUMNS, NAMES, FinishedRun
+from measurement.evaluation import Trained, summarise
+from measurement.figures import TRUE, grid, outline, save, show
+from photographs.data import Photographs
+from study.tables import COLUMNS, NAMES, FinishedRun
 
 COLOURS = {"independent": "deepskyblue", "single": "gold"}
 

@@ -20,10 +20,10 @@ from checkpoint import read_tensors, write_tensors
 from errors import InputError
 from metrics import vertical_cup_to_disc_ratio
 from network import TASKS
-from phantoms import phantom_records
-from records import Record
-from released import is_released, released_records
-from repacked import SPLITS, is_repacked, repacked_records
+from photographs.phantoms import phantom_records
+from photographs.records import Record
+from photographs.released import is_released, released_records
+from photographs.repacked import SPLITS, is_repacked, repacked_records
 
 HELD_OUT = 0.05  # share that validates where no split does; a small set needs the rest to train
 

@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data import Photographs
-from diagnosis import RatioClassifier, combine
+from measurement.diagnosis import RatioClassifier, combine
 from metrics import (
     auc,
     centre_of_mass,
@@ -22,6 +21,7 @@ from metrics import (
     rates,
     vertical_cup_to_disc_ratio,
 )
+from photographs.data import Photographs
 
 Array = NDArray[np.float64]
 Metrics = dict[str, float | None]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from checkpoint import write_csv, write_json
-from data import Photographs
-from evaluation import Evaluation, Metrics
-from figures import History, draw_learning_curves, draw_overlays, draw_roc
+from measurement.evaluation import Evaluation, Metrics
+from measurement.figures import History, draw_learning_curves, draw_overlays, draw_roc
+from photographs.data import Photographs
 
 
 def write_report(
