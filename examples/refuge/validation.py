@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from tqdm import tqdm
 
 from measurement.evaluation import evaluate, score
+from measurement.operating import choose_point, measure_point, write_point
 from measurement.report import missing_ratios, write_report
 from metrics import mean
 from network import TASKS, count_parameters
@@ -31,15 +34,24 @@ def validate(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """Tests the weights that validated best, and writes the report."""
-    state, test = run.state, run.splits["test"]
+    """Takes the weights that validated best, chooses where to refer, tests, and writes the report.
+
+    Calibration and thresholds come from the validation photographs, which no weight was fitted to.
+    """
+    state, val, test = run.state, run.splits["val"], run.splits["test"]
     trained, epochs = load_best(run.out, state.network, run.settings)
+    average = evaluate(trained, val).diagnoses["both"]
+    point, reason = choose_point(val.labels.numpy(), average)
     evaluation = evaluate(trained, test)
+    if point:
+        found = measure_point(point, test.labels.numpy(), evaluation.diagnoses["both"])
+        point = replace(point, test=found)
+    write_point(run.out, point, reason)
     facts = {
         "parameters": count_parameters(state.network),
         "seconds_per_iteration": state.seconds / (state.epoch * run.iterations),
         "validation_score": mean(np.array([b for b in state.best.values() if b is not None])),
         "best_epoch": epochs[""] if "" in epochs else list(epochs.values()),
-        "notes": run.notes + missing_ratios(evaluation),
+        "notes": [*run.notes, *([reason] if reason else []), *missing_ratios(evaluation)],
     }
-    write_report(run.out, run.source, test, evaluation, state.history, facts)
+    write_report(run.out, run.source, test, evaluation, state.history, point, facts)

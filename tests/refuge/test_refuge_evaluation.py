@@ -33,6 +33,7 @@ METRICS = {
     "glaucoma_specificity",
     "glaucoma_brier",
     "glaucoma_brier_fc",
+    "glaucoma_reference_sensitivity",
     "disc_dice",
     "cup_dice",
     "fovea_error",

@@ -104,6 +104,34 @@ def draw_roc(
     save(figure, file)
 
 
+def draw_reliability(
+    file: Path,
+    labels: NDArray[np.integer],
+    said: Mapping[str, NDArray[np.float64]],
+    source: str,
+    bins: int = 5,
+) -> None:
+    """Draws how often glaucoma is there when a probability is said, in bins of equal size.
+
+    Args:
+        file: Where to.
+        labels: Of each photograph, 1 for glaucoma.
+        said: Probabilities by name.
+        source: Where the photographs come from, for the title.
+        bins: How many points.
+    """
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for name, probabilities in said.items():
+        parts = np.array_split(np.argsort(probabilities, kind="stable"), min(bins, len(labels)))
+        points = [(probabilities[part].mean(), labels[part].mean()) for part in parts]
+        ax.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    ax.plot((0, 1), (0, 1), ":", color="grey")
+    ax.set(xlabel="probability said", ylabel="share with glaucoma", title=source, aspect="equal")
+    ax.legend()
+    save(figure, file)
+
+
 def grid(count: int, columns: int, side: float = 2.2) -> tuple[Figure, list[Axes]]:
     """Makes a figure of so many empty axes, `side` inches each."""
     rows = -(-count // columns)
