@@ -16,9 +16,9 @@ from errors import InputError, report_errors
 from measurement.evaluation import evaluate
 from measurement.operating import read_point
 from measurement.report import missing_ratios, write_measured
-from photographs.data import describe, load_splits
+from photographs.data import describe
 from photographs.repacked import SPLITS
-from runs import open_run
+from runs import load_photographs, open_run
 from settings import Parser, complete
 
 
@@ -33,10 +33,10 @@ def measure(options: argparse.Namespace) -> None:
         raise InputError("`--data` needs `--out`: the run folder is for the run's own photographs.")
     trained, settings = open_run(options.run, options.device)
     if options.data:
-        settings = replace(settings, data=complete({"data": options.data})["data"])
+        settings = replace(settings, data=complete({"data": options.data})["data"], fold="")
     split, source = options.split, describe(settings.data)
     cache = (options.out or options.run).parent / ".cache"
-    photographs = load_splits(settings.data, settings.size, settings.seed, cache, [split])[split]
+    photographs = load_photographs(settings, cache, [split])[split]
     evaluation = evaluate(trained, photographs)
     point, reason = read_point(options.run)
     out = options.out or options.run

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import make_folder, write_csv, write_whole
 from errors import InputError, report_errors
-from measurement.evaluation import Trained, diagnose, summarise
+from measurement.evaluation import SecondLook, Trained, diagnose, look_again, summarise
 from measurement.figures import outline, save
 from measurement.operating import RULES, OperatingPoint, read_point
 from measurement.page import Card, write_page
@@ -85,12 +85,17 @@ def examine(
     picture, _ = file_record(file, None, frozenset(), None, None).read()
     answer = trained.ask(torch.from_numpy(shrink(picture, size).copy())[None].float() / 255)
     predictions = summarise([answer])
-    mask = fovea = None
+    mask = fovea = seen = None
+    if trained.second_pass and len(predictions.masks) == 2:
+        seen = look_again(trained, picture, predictions.masks["disc"][0])
+    if seen:
+        predictions.ratios[0] = seen.ratio
     if "disc" in answer:
         disc = largest_component(_enlarge(answer["disc"], picture.size) > 0.5)
         mask = np.where(disc, 128, 255).astype(np.uint8)
         if "cup" in answer:
-            mask[disc & largest_component(_enlarge(answer["cup"], picture.size) > 0.5)] = 0
+            cup = _place(seen, picture.size) if seen else _enlarge(answer["cup"], picture.size)
+            mask[disc & largest_component(cup > 0.5)] = 0
     if predictions.points is not None:
         fovea = (predictions.points[0] + 0.5) * np.array(picture.size) / size - 0.5
     said = {name: float(p[0]) for name, p in diagnose(predictions, trained.classifier).items()}
@@ -243,6 +248,16 @@ def _enlarge(probabilities: Array, size: tuple[int, int]) -> Array:
     maps = torch.from_numpy(probabilities)[None, None]
     large = torch.nn.functional.interpolate(maps, size[::-1], mode="bilinear", antialias=True)
     return large[0, 0].numpy()
+
+
+def _place(seen: SecondLook, size: tuple[int, int]) -> Array:
+    """Enlarges the cup of a second look to its place in a photograph of a width and height."""
+    left, _, right, bottom = seen.box
+    side = right - left
+    # The box may reach out of the photograph, by less than its own side.
+    whole = np.zeros((size[1] + 2 * side, size[0] + 2 * side))
+    whole[bottom : bottom + side, right : right + side] = _enlarge(seen.cup, (side, side))
+    return whole[side : side + size[1], side : side + size[0]]
 
 
 def _write_mask(file: Path, mask: NDArray[np.uint8]) -> None:

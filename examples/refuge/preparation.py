@@ -26,9 +26,10 @@ from methods import (
     draw_objectives,
 )
 from network import TASKS, count_parameters
-from photographs.data import Batch, Photographs, describe, load_splits
+from photographs.augmentation import augment
+from photographs.data import Batch, Photographs, describe
 from processes import ALONE, Processes
-from runs import autocast
+from runs import autocast, load_photographs
 from settings import Settings
 from state import LAST, TrainingState
 
@@ -72,7 +73,8 @@ class Run:
         order = torch.randperm(len(pictures), generator=self.state.shuffle)
         used = order[: self.iterations * self.processes.count * size]
         for rows in used.view(self.iterations, -1, size):
-            yield pictures[rows[self.processes.rank]].to(self.trained.device)
+            batch = pictures[rows[self.processes.rank]].to(self.trained.device)
+            yield augment(batch) if self.settings.augment else batch
 
     def progress(self) -> tqdm[Any]:
         """Makes the bar that shows the iterations of the whole run."""
@@ -94,9 +96,7 @@ def prepare(settings: Settings, out: Path, resume: bool, processes: Processes = 
         InputError: The photographs, the settings or the checkpoint cannot be used.
     """
     cache = out.parent / ".cache"
-    splits = processes.from_first(
-        lambda: load_splits(settings.data, settings.size, settings.seed, cache)
-    )
+    splits = processes.from_first(lambda: load_photographs(settings, cache))
     pictures = splits["train"]
     if settings.batch_size * processes.count > len(pictures):
         raise InputError(
@@ -112,7 +112,14 @@ def prepare(settings: Settings, out: Path, resume: bool, processes: Processes = 
     file = out / LAST
     state = build_state(settings, processes, file if resume and file.exists() else None)
     device = settings.torch_device()
-    trained = Trained(state.network, learned, classifier, partial(autocast, settings), device)
+    trained = Trained(
+        state.network,
+        learned,
+        classifier,
+        partial(autocast, settings),
+        device,
+        settings.second_pass,
+    )
     model, source = wrap(settings, state.network, processes), describe(settings.data)
     run = Run(settings, out, processes, source, splits, state, model, trained, notes)
     if processes.first:
@@ -154,7 +161,7 @@ def wrap(settings: Settings, network: nn.Module, processes: Processes) -> nn.Mod
 
 def _begin_folder(run: Run) -> None:
     """Writes what the run is, and shows some of its photographs."""
-    if run.state.epoch < run.settings.epochs:
+    if not run.state.ended(run.settings.epochs, run.settings.patience):
         (run.out / "metrics.json").unlink(missing_ok=True)  # Of fewer epochs.
     facts = {
         "source": run.source,

@@ -16,8 +16,8 @@ from pathlib import Path
 from checkpoint import make_folder
 from errors import InputError, report_errors
 from methods import build_aggregator
-from photographs.data import describe, load_splits
-from runs import open_run
+from photographs.data import describe
+from runs import load_photographs, open_run
 from settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
 from study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
 from study.tables import (
@@ -51,6 +51,7 @@ def reproduce(options: argparse.Namespace) -> None:
     rates = given.pop("lr", None) or (RATES if what == "lr-sweep" else (Settings().lr,))
     if what == "table2":
         given = {"pretrained": "imagenet", "width": 64} | given
+    given = {"norm": "batch"} | given  # as published
     if seeds < 1:
         raise InputError(f"`--seeds` must be at least 1, got {seeds}.")
     base = Settings(**complete(given))
@@ -136,7 +137,7 @@ def draw_figures(out: Path, runs: Sequence[FinishedRun], title: str) -> None:
     draw_roc_curves(out / "figure1_roc.png", list(first.values())[::-1], title)
     settings = runs[0].settings
     cache = runs[0].folder.parent / ".cache"
-    test = load_splits(settings.data, settings.size, settings.seed, cache, ["test"])["test"]
+    test = load_photographs(settings, cache, ["test"])["test"]
     shown = [run for method in ("independent", "single") if (run := first.get(method))]
     trained = {
         run.settings.method: open_run(run.folder, run.settings.device)[0]

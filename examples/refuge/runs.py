@@ -17,6 +17,8 @@ from measurement.diagnosis import RatioClassifier
 from measurement.evaluation import Trained
 from methods import Network, build_network
 from network import TASKS
+from photographs.data import Photographs, load_splits
+from photographs.repacked import SPLITS
 from settings import Settings, read_settings
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +29,27 @@ def autocast(settings: Settings) -> AbstractContextManager[object]:
     """Makes the context of a forward pass."""
     device, dtype = settings.torch_device().type, PRECISIONS[settings.amp]
     return torch.autocast(device, dtype, enabled=settings.amp != "off")
+
+
+def load_photographs(
+    settings: Settings, cache: Path, wanted: Sequence[str] = SPLITS
+) -> dict[str, Photographs]:
+    """Reads the photographs that a run's settings mean.
+
+    Args:
+        settings: Of the run.
+        cache: Folder for decoded tensors.
+        wanted: Which splits.
+    """
+    return load_splits(
+        settings.data,
+        settings.size,
+        settings.seed,
+        cache,
+        wanted,
+        fold=settings.folds(),
+        second_pass=settings.second_pass,
+    )
 
 
 def parts(settings: Settings) -> dict[str, tuple[str, ...]]:
@@ -78,7 +101,14 @@ def load_best(folder: Path, network: Network, settings: Settings) -> tuple[Train
         network.load_state_dict(state["model"])
         classifier = state["classifier"] and RatioClassifier(*state["classifier"])
         device = settings.torch_device()
-        trained = Trained(network, state["tasks"], classifier, partial(autocast, settings), device)
+        trained = Trained(
+            network,
+            state["tasks"],
+            classifier,
+            partial(autocast, settings),
+            device,
+            settings.second_pass,
+        )
         epochs: dict[str, int] = state["epochs"]
     except (LookupError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]

@@ -33,6 +33,7 @@ class TrainingState:
         epoch: Passes over the pictures so far.
         seconds: Time spent in them.
         best: Highest validation score of each part of the network so far.
+        stale: Validations since one was better than before.
         history: A row per epoch.
     """
 
@@ -43,6 +44,7 @@ class TrainingState:
     epoch: int = 0
     seconds: float = 0.0
     best: dict[str, float | None] = field(default_factory=dict)
+    stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     _begun: float = 0.0
     _losses: list[Mapping[str, Tensor]] = field(default_factory=list)
@@ -73,7 +75,12 @@ class TrainingState:
             if best is None or (score is not None and score > best):
                 self.best[name] = score
                 names.append(name)
+        self.stale = 0 if names else self.stale + 1
         return names
+
+    def ended(self, epochs: int, patience: int) -> bool:
+        """Tells whether all epochs are done, or so many validations brought nothing better."""
+        return self.epoch >= epochs or 0 < patience <= self.stale
 
     def save(self, folder: Path, processes: Processes) -> None:
         """Writes `last.pt` and `history.csv` on the first process; the others wait."""
@@ -91,6 +98,7 @@ class TrainingState:
                 "epoch": self.epoch,
                 "seconds": self.seconds,
                 "best": self.best,
+                "stale": self.stale,
                 "history": self.history,
             },
         )
@@ -115,7 +123,7 @@ class TrainingState:
             torch.set_rng_state(rng)
             if len(cuda_rngs) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(cuda_rngs)
-            for name in ("epoch", "seconds", "best", "history"):
+            for name in ("epoch", "seconds", "best", "stale", "history"):
                 setattr(self, name, state[name])
         except (LookupError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).partition("\n")[0]

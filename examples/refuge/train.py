@@ -33,7 +33,7 @@ def train(settings: Settings, out: Path, resume: bool, processes: Processes = AL
     state, optimizer = run.state, run.state.optimizer
     losses = make_losses(settings, run.model, processes)
     with run.progress() as bar:
-        while state.epoch < settings.epochs:
+        while not state.ended(settings.epochs, settings.patience):
             run.model.train()
             state.begin_epoch()
             for batch in run.batches():

@@ -19,7 +19,8 @@ from runs import load_best, parts, save_best
 def validate(run: Run) -> None:
     """Measures the weights on the validation photographs, and keeps them where none were better."""
     state, size = run.state, run.settings.size
-    metrics = evaluate(run.trained, run.splits["val"]).metrics
+    # All processes must agree on when to stop.
+    metrics = run.processes.from_first(lambda: evaluate(run.trained, run.splits["val"]).metrics)
     row = state.history[-1]
     row["score"] = score(metrics, size, TASKS)
     row |= {f"val_{key}": value for key, value in metrics.items()}

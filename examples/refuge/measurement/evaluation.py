@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from measurement.diagnosis import RatioClassifier, combine
@@ -23,7 +24,8 @@ from metrics import (
     reference_sensitivity,
     vertical_cup_to_disc_ratio,
 )
-from photographs.data import Photographs
+from photographs.crops import Box, crop_box
+from photographs.data import Photographs, shrink
 
 Array = NDArray[np.float64]
 Metrics = dict[str, float | None]
@@ -67,6 +69,7 @@ class Trained:
         classifier: Turns vCDR into a probability; None where there is none.
         autocast: Makes the context of the forward passes.
         device: Where the network is.
+        second_pass: Whether the cup is looked for in the disc enlarged.
     """
 
     network: nn.Module
@@ -74,6 +77,7 @@ class Trained:
     classifier: RatioClassifier | None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     device: torch.device = CPU
+    second_pass: bool = False
 
     @torch.no_grad()
     def ask(self, images: Tensor) -> dict[str, Array]:
@@ -105,7 +109,69 @@ def evaluate(trained: Trained, photographs: Photographs) -> Evaluation:
 def predict(trained: Trained, photographs: Photographs) -> Predictions:
     """Asks the network for the tasks it has learned, one photograph at a time."""
     rows = range(len(photographs))
-    return summarise([trained.ask(photographs[row].images) for row in rows])
+    predictions = summarise([trained.ask(photographs[row].images) for row in rows])
+    if trained.second_pass and len(predictions.masks) == 2:
+        for row in rows:
+            picture = photographs.records[row].read()[0]
+            seen = look_again(trained, picture, predictions.masks["disc"][row])
+            if seen:
+                predictions.masks["cup"][row] = seen.place(photographs.size, picture.size)
+                predictions.ratios[row] = seen.ratio
+    return predictions
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """What the network says about a disc enlarged.
+
+    Attributes:
+        box: Where it lies, in pixels of the photograph.
+        disc: Probabilities, (size, size).
+        cup: Probabilities, (size, size).
+    """
+
+    box: Box
+    disc: Array
+    cup: Array
+
+    @property
+    def ratio(self) -> float:
+        """VCDR."""
+        disc, cup = (largest_component(each > 0.5) for each in (self.disc, self.cup))
+        return vertical_cup_to_disc_ratio(disc, cup)
+
+    def place(self, size: int, original: tuple[int, int]) -> NDArray[np.bool_]:
+        """Gives the cup in the whole photograph, resized to (size, size)."""
+        cup, side = largest_component(self.cup > 0.5), self.box[2] - self.box[0]
+        columns, rows = (
+            np.floor(
+                ((np.arange(size) + 0.5) * original[axis] / size - self.box[axis]) * len(cup) / side
+            ).astype(int)
+            for axis in (0, 1)
+        )
+        inside = (rows >= 0) & (rows < len(cup)), (columns >= 0) & (columns < len(cup))
+        placed = np.zeros((size, size), bool)
+        placed[np.ix_(*inside)] = cup[np.ix_(rows[inside[0]], columns[inside[1]])]
+        return placed
+
+
+def look_again(
+    trained: Trained, picture: Image.Image, disc: NDArray[np.bool_]
+) -> SecondLook | None:
+    """Shows the network the disc that it found, enlarged; None where it found none.
+
+    Args:
+        trained: The network.
+        picture: The photograph, in its own size.
+        disc: The disc, in the network's.
+    """
+    mask = Image.fromarray(np.where(disc, 0, 255).astype(np.uint8))
+    box = crop_box(mask.resize(picture.size, Image.Resampling.NEAREST))
+    if box is None:
+        return None
+    images = torch.from_numpy(shrink(picture.crop(box), len(disc)).copy())[None].float() / 255
+    answer = replace(trained, tasks=("disc", "cup")).ask(images)
+    return SecondLook(box, answer["disc"], answer["cup"])
 
 
 def summarise(answers: Sequence[Mapping[str, Array]]) -> Predictions:

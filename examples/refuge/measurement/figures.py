@@ -49,7 +49,7 @@ def draw_overlays(
     points = photographs.input_points().numpy()
     chosen = np.linspace(0, len(photographs) - 1, count).astype(int)
     for row, ax in zip(chosen, axes, strict=True):
-        show(ax, photographs, int(row))
+        show_original(ax, photographs, int(row))
         for task, style in (("disc", "solid"), ("cup", "dashed")):
             if photographs.known[task][row]:
                 outline(ax, true[task][row], TRUE, style)
@@ -145,6 +145,13 @@ def grid(count: int, columns: int, side: float = 2.2) -> tuple[Figure, list[Axes
 def show(ax: Axes, photographs: Photographs, row: int) -> None:
     """Shows a photograph."""
     ax.imshow(photographs.pictures[row].permute(1, 2, 0).cpu().numpy(), interpolation="bicubic")
+
+
+def show_original(ax: Axes, photographs: Photographs, row: int) -> None:
+    """Shows a photograph in its own size, on the axes of the network's input."""
+    edge = photographs.size - 0.5
+    picture = photographs.records[row].read()[0]
+    ax.imshow(np.asarray(picture), extent=(-0.5, edge, edge, -0.5))
 
 
 def outline(ax: Axes, mask: NDArray[np.bool_], colour: str, style: str) -> None:

@@ -24,7 +24,7 @@ FIELD = 0.965  # radius of the field of view, in half sides of the picture
 # Colours of the fundus, as the red and the orange of one camera and another, and a pale one.
 PIGMENTS = np.array(((224.0, 72.0, 42.0), (196.0, 96.0, 24.0), (184.0, 112.0, 82.0)))
 POSITIVES = 0.4
-COUNTS = {"train": 240, "val": 60, "test": 100}
+COUNTS = {"train": 240, "val": 80, "test": 160}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def draw_eye(seed: int) -> Eye:
     vcdr = float(np.clip(rng.normal(0.60 if glaucoma else 0.43, 0.09), 0.2, 0.85))
     pole = 1 if rng.random() < 0.7 else -1
     angle = float(pole * np.deg2rad(rng.uniform(55, 80)))
-    notched, defective = rng.random(2) < ((0.55, 0.75) if glaucoma else (0.03, 0.06))
+    notched, defective = rng.random(2) < ((0.55, 0.65) if glaucoma else (0.03, 0.06))
     return Eye(
         seed=seed,
         glaucoma=glaucoma,
@@ -130,7 +130,7 @@ def draw_phantom(eye: Eye, size: int) -> tuple[Image.Image, Image.Image]:
     cup = _cup_edge(eye, angle, rng) * rim
 
     tissue = _fundus(eye, x, y, rng)
-    tissue *= 1 - _defect(eye, np.hypot(u, v), angle)[..., None]
+    tissue *= 1 - _defect(eye, np.hypot(u, v), angle, rng)[..., None]
     tissue = _paint_disc(tissue, reach, rim, cup, angle, eye, size, rng)
     picture = draw_vessels(
         tissue, complex(*eye.disc), complex(*eye.fovea), eye.radii[1], FIELD, rng
@@ -189,14 +189,15 @@ def _fundus(eye: Eye, x: Array, y: Array, rng: np.random.Generator) -> Array:
     return np.asarray(tissue * (1 - shade))
 
 
-def _defect(eye: Eye, distance: Array, angle: Array) -> Array:
+def _defect(eye: Eye, distance: Array, angle: Array, rng: np.random.Generator) -> Array:
     """How much darker a nerve-fibre-layer defect makes each pixel: an arc that widens outwards."""
     if eye.defect is None:
         return np.zeros_like(distance)
     # Nerve fibres bend around the macula, and so does the wedge they leave.
     centre = eye.defect * (1 - 0.42 * np.clip(distance - 0.15, 0, 1))
     inside = _step(0.17 - np.abs(angle - centre), 0.16)
-    return np.asarray(0.20 * inside * _step(distance - 0.15, 0.1) * _step(0.95 - distance, 0.7))
+    depth = rng.uniform(0.10, 0.20)
+    return np.asarray(depth * inside * _step(distance - 0.15, 0.1) * _step(0.95 - distance, 0.7))
 
 
 def _cup_edge(eye: Eye, angle: Array, rng: np.random.Generator) -> Array:
