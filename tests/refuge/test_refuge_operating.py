@@ -10,10 +10,13 @@ from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from errors import InputError
+from measurement.evaluation import Evaluation, Predictions, measure
 from measurement.intervals import Bootstrap
 from measurement.operating import LEAST, choose_point, measure_point, read_point, write_point
 from measurement.page import Card, write_page
+from measurement.report import write_report
 from metrics import reference_sensitivity
+from photographs.data import load_splits
 
 RNG = np.random.default_rng(0)
 LABELS = np.repeat((1, 0), (20, 40))
@@ -153,3 +156,32 @@ def test_a_page_shows_first_whom_to_look_at_and_takes_any_name(tmp_path: Path) -
     assert "src='overlays/%3Ca%3E%20%26%20%231.png'" in text
     assert "<dt>vCDR</dt><dd>-</dd>" in text
     assert "Refer at 0.3." in text
+
+
+def test_a_report_has_decisions_and_what_probabilities_are_worth(
+    repacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: None
+) -> None:
+    """Two pictures of each class, three of them on the right side of the threshold."""
+    point, _ = choose_point(LABELS, AVERAGE)
+    assert point is not None
+    threshold = point.thresholds["youden"]
+    raw = expit((logit(threshold) - point.calibration.intercept) / point.calibration.slope)
+    pictures = load_splits(str(repacked), 32, seed=0)["test"]
+    average = np.array([raw - 0.02, raw + 0.02, raw - 0.01, raw - 0.01])
+    nothing = np.full(4, np.nan)
+    predictions = Predictions({}, None, average, nothing)
+    diagnoses = {"fc": average, "vcdr": nothing, "both": average}
+    evaluation = Evaluation(predictions, diagnoses, measure(predictions, pictures, diagnoses))
+    (tmp_path / "figures").mkdir()
+    facts = {"parameters": 1, "notes": []}
+    write_report(tmp_path, "data", pictures, evaluation, [{"epoch": 1}], point, facts)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["decisions"]["youden"]["sensitivity"] == 0.5
+    assert metrics["decisions"]["youden"]["specificity"] == 1
+    said = capsys.readouterr().out
+    assert f"at {threshold:.3f}" in said
+    assert "sensitivity 0.00 [0.00, 0.00], specificity 1.00 [1.00, 1.00] (the published" in said
+    rows = (tmp_path / "predictions-test.csv").read_text().splitlines()
+    risk = [float(row.split(",")[5]) for row in rows[1:]]
+    assert [value >= threshold for value in risk] == [False, True, False, False]
+    assert (tmp_path / "figures/reliability.png").stat().st_size > 5000
