@@ -52,7 +52,7 @@ nitpick_ignore_regex = [
 
 ROOT = Path(__file__).parents[1]
 FIGURES = {  # What figures/*.py write, and what they read beside the package
-    "gradient_norms.md": "examples/refuge/*.py",
+    "gradient_norms.md": "examples/refuge/**/*.py",
     "gradnorm_toy.png": "tests/gradnorm_toy.py",
     "tour.png": "docs/getting-started.md",
     "trajectories.png": "docs/figures/trajectories.py",
