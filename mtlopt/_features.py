@@ -20,6 +20,7 @@ from mtlopt._rows import Rows
 class Cut(NamedTuple):
     """What one call of a module gave, and the leaves that took its place behind it."""
 
+    module: nn.Module
     outputs: list[Tensor]
     leaves: list[Tensor]
 
@@ -57,8 +58,18 @@ class Features:
         finally:
             for handle in handles:
                 handle.remove()
-        if not cuts:
-            names = [type(module).__name__ for module in self.modules]
+
+    def check(self, cuts: Sequence[Cut]) -> None:
+        """Refuses modules that were not called, or whose output was not cut; frozen ones may be."""
+        uncut = [
+            module
+            for module in self.modules
+            if (own := [cut for cut in cuts if cut.module is module])
+            and not any(cut.leaves for cut in own)
+            and any(parameter.requires_grad for parameter in module.parameters())
+        ]
+        if uncut or not cuts:
+            names = [type(module).__name__ for module in uncut or self.modules]
             raise ValueError(
                 f"`features` must be called by `losses`, got {names} without a call whose output "
                 "needs a gradient: give the modules that the model itself calls, compile the trunk "
@@ -93,6 +104,8 @@ def combine_through(
     for batch in batches:
         with features.cutting() as cuts:
             terms, means = ask(question, names, batch, ranks)
+        if terms:  # A batch, or a rank, without labels need not call the trunk.
+            features.check(cuts)
         for name, mean in means.items():
             seen.setdefault(name, []).append(mean)
         _check_counts(seen, batch is batches[-1], len(batches))
@@ -146,8 +159,8 @@ def _cut(cuts: list[Cut], module: nn.Module, arguments: Any, output: Any) -> Any
         return leaves.setdefault(id(tensor), (tensor, leaf))[1]
 
     changed = tree_map_only(Tensor, replace, output)
-    if leaves:
-        cuts.append(Cut(*map(list, zip(*leaves.values(), strict=True))))
+    outputs = [tensor for tensor, _ in leaves.values()]
+    cuts.append(Cut(module, outputs, [leaf for _, leaf in leaves.values()]))
     return changed
 
 

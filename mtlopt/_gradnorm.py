@@ -203,8 +203,9 @@ class GradNorm(CombiningOptimizer):
 
     def _combine(self, rows: Rows) -> Gradients:
         """Over features: the rows are of weighted losses already, and the sum is plain."""
-        if rows.gradients:
-            found = dict(zip(rows.gradients, rows.gram().diagonal().sqrt(), strict=True))
+        # Frozen features teach the weights nothing.
+        if rows.gradients and (sizes := rows.gram().diagonal().sqrt()).any():
+            found = dict(zip(rows.gradients, sizes, strict=True))
             unit, *norms = self._checked_numbers(found, rows.values, arrived=False)
             for task, size in zip(found, norms, strict=False):
                 pending = self._pending.setdefault(task, Pending())

@@ -1,0 +1,111 @@
+"""What a hostile reading of the core found; each test names the promise that was broken."""
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchjd import aggregation
+
+import mtlopt
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+from spawned import start
+
+FEATURES: dict[str, Callable[..., Any]] = {
+    "pcgrad": mtlopt.PCGrad,
+    "gradnorm": mtlopt.GradNorm,
+    "aggregated": lambda base, tasks, **options: mtlopt.Aggregated(
+        base, tasks, aggregation.UPGrad(), **options
+    ),
+}
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("method", FEATURES)
+def test_a_batch_without_labels_need_not_call_the_features(method: str) -> None:
+    """All absent: `{}` and nothing moves."""
+    model = Network()
+    optimizer = FEATURES[method](adam(model), TASKS, features=model.trunk)
+    before = snapshot(model)
+    assert optimizer.step(lambda tasks: {}) == {}
+    assert_equal(snapshot(model), before)
+
+
+@pytest.mark.parametrize("method", FEATURES)
+def test_features_may_be_frozen_for_a_while(method: str) -> None:
+    """The hook does nothing when gradients are off: the heads train, as without `features`."""
+    model = Network()
+    model.trunk.requires_grad_(False)
+    optimizer = FEATURES[method](adam(model), TASKS, features=model.trunk)
+    x, y = batches(1)[0]
+    before = snapshot(model)
+    optimizer.step(make_losses(model), x, y)
+    expected: Any = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {f"heads.{task}.weight" for task in TASKS} == expected.keys()
+    model.load_state_dict(before)
+    for task, loss in make_losses(model)(TASKS, x, y).items():
+        head = model.get_parameter(f"heads.{task}.weight")
+        gradient = torch.autograd.grad(loss, head, retain_graph=True)[0]
+        assert torch.equal(expected[f"heads.{task}.weight"], gradient)
+    if method == "gradnorm":
+        assert optimizer.diagnostics()["weights"].tolist() == [1.0] * 3
+    model.trunk.requires_grad_(True)
+    optimizer.step(make_losses(model), x, y)
+    assert not torch.equal(snapshot(model)["trunk.0.weight"], before["trunk.0.weight"])
+
+
+# Ranks.
+
+
+def rank_losses(model: Network, calls: bool) -> Callable[..., dict[str, Tensor]]:
+    """Those of a rank that has no labels at all do not call the model."""
+    losses = make_losses(model)
+    return lambda tasks, x, y: losses(tasks, x, y) if calls else {}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=20),
+    )
+    found: dict[str, Any] = {}
+    torch.manual_seed(0)
+    for method, make in FEATURES.items():
+        model = Network()
+        optimizer = make(adam(model), TASKS, features=model.trunk, process_group=dist.group.WORLD)
+        for x, y in batches(2):
+            optimizer.step(rank_losses(model, calls=rank == 0), x, y)
+        found[method] = snapshot(model)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("review")
+    start(work, str(folder), ranks=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_a_rank_without_labels_need_not_call_the_features(ranks: list[dict[str, Any]]) -> None:
+    """A task absent on one rank is right and never a deadlock: as one process on its batch."""
+    torch.manual_seed(0)
+    for method, make in FEATURES.items():
+        model = Network()
+        optimizer = make(adam(model), TASKS, features=model.trunk)
+        for x, y in batches(2):
+            optimizer.step(make_losses(model), x, y)
+        for rank in ranks:
+            for name, weight in snapshot(model).items():
+                torch.testing.assert_close(rank[method][name], weight, rtol=0, atol=1e-12)
