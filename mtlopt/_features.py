@@ -45,7 +45,11 @@ class Features:
     def cutting(self) -> Iterator[list[Cut]]:
         """Cuts the graph at the modules' outputs; the list fills as they are called."""
         cuts: list[Cut] = []
-        handles = [module.register_forward_hook(partial(_cut, cuts)) for module in self.modules]
+        # First of its hooks: one that keeps the output for the heads is to keep the leaf.
+        handles = [
+            module.register_forward_hook(partial(_cut, cuts), prepend=True)
+            for module in self.modules
+        ]
         try:
             yield cuts
         except RuntimeError as error:

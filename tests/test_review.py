@@ -61,6 +61,27 @@ def test_features_may_be_frozen_for_a_while(method: str) -> None:
     assert not torch.equal(snapshot(model)["trunk.0.weight"], before["trunk.0.weight"])
 
 
+def test_what_a_hook_keeps_of_the_features_is_cut_too() -> None:
+    """The modules' outputs are what all tasks share, though the heads get them from a hook."""
+    model, expected = Network(), Network()
+    expected.load_state_dict(model.state_dict())
+    kept: dict[str, Tensor] = {}
+    model.trunk.register_forward_hook(lambda module, inputs, z: kept.__setitem__("z", z))
+
+    def losses(tasks: Any, x: Tensor, y: Any) -> dict[str, Tensor]:
+        model.trunk(x)
+        scales = dict(zip(TASKS, (1.0, 3.0, 0.2), strict=True))
+        return {t: scales[t] * ((model.heads[t](kept["z"]) - y[t]) ** 2).mean() for t in tasks}
+
+    optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk)
+    plain = mtlopt.PCGrad(adam(expected), TASKS, features=expected.trunk)
+    for x, y in batches(3):
+        optimizer.step(losses, x, y)
+        plain.step(make_losses(expected), x, y)
+        assert plain.diagnostics()["cosines"].count_nonzero() == 9
+    assert_equal(snapshot(model), snapshot(expected))
+
+
 # Ranks.
 
 
