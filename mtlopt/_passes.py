@@ -10,7 +10,10 @@ from mtlopt._gradients import Gradients, norm
 
 
 def differentiate(
-    losses: Sequence[Tensor], parameters: Sequence[Tensor], alone: bool = False
+    losses: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    alone: bool = False,
+    keep: bool = False,
 ) -> Iterator[Gradients]:
     """Yields each loss's gradient, from one shared graph; leaves `.grad` as it was.
 
@@ -18,6 +21,7 @@ def differentiate(
         losses: T scalars with a graph.
         parameters: P leaf tensors.
         alone: Whether other leaves are to be left without a gradient.
+        keep: Whether the graph is needed after the last pass.
 
     Yields:
         T lists of P gradients, none of which shares its memory with another tensor.
@@ -28,7 +32,8 @@ def differentiate(
         for position, loss in enumerate(losses):
             # Not torch.autograd.grad, whose results may share memory, and which passes FSDP by.
             inputs = list(parameters) if alone else None
-            backward(loss, parameters, retain_graph=position < last, inputs=inputs)
+            retain_graph = keep or position < last
+            backward(loss, parameters, retain_graph=retain_graph, inputs=inputs)
             yield take(parameters)
     finally:
         put(parameters, earlier)
@@ -122,6 +127,12 @@ def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             return None
     return found
+
+
+def share_a_graph(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
+    """Whether some node other than a leaf lies before both: its buffers are needed twice."""
+    nodes = set(_nodes(first))
+    return any(node in nodes and not hasattr(node, "variable") for node in _nodes(second))
 
 
 def _owned(gradient: Tensor | None) -> Tensor | None:

@@ -82,6 +82,39 @@ def test_what_a_hook_keeps_of_the_features_is_cut_too() -> None:
     assert_equal(snapshot(model), snapshot(expected))
 
 
+def test_a_connection_may_skip_the_features() -> None:
+    """The parameters before the features get both: what comes back, and what goes past them."""
+    torch.manual_seed(0)
+    stem, trunk = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+    heads = nn.ModuleDict({task: nn.Linear(4, 1, dtype=torch.float64) for task in TASKS})
+    model = nn.ModuleList([stem, trunk, heads])
+    found = [0.3, 2.0, -1.0]
+    rule = aggregation.Constant(torch.tensor(found, dtype=torch.float64))
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = mtlopt.Aggregated(base, TASKS, rule, features=trunk)
+    x, y = batches(1)[0]
+
+    def losses(tasks: Any, cut: Callable[[Tensor], Tensor] = lambda z: z) -> dict[str, Tensor]:
+        skipped = stem(x).tanh()
+        z = cut(trunk(skipped).tanh())
+        return {t: (heads[t](z + skipped) - y[t]).square().mean() for t in tasks}
+
+    optimizer.step(losses)
+    own = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    # By hand: each task's loss, its gradient multiplied where it comes back through z.
+    for task, factor in zip(TASKS, found, strict=True):
+
+        def times(z: Tensor, factor: float = factor) -> Tensor:
+            return z * factor - (z * (factor - 1)).detach()
+
+        losses((task,), times)[task].backward()
+    for name, p in model.named_parameters():
+        assert own[name] is not None
+        assert p.grad is not None
+        torch.testing.assert_close(own[name], p.grad, rtol=0, atol=1e-14, msg=name)
+
+
 # Ranks.
 
 
