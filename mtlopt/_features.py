@@ -13,7 +13,7 @@ from mtlopt._collect import ask
 from mtlopt._distributed import Ranks
 from mtlopt._gradients import Gradients, add
 from mtlopt._losses import Loss, Question, Task, average, names_of, sum_tensors, weighted
-from mtlopt._passes import differentiate, explain, share_a_graph
+from mtlopt._passes import differentiate, drop_zeros, explain, is_compiled, share_a_graph
 from mtlopt._rows import Rows
 
 
@@ -86,6 +86,7 @@ def combine_through(
     question: Question,
     tasks: Sequence[Task],
     batches: Sequence[tuple[object, ...]],
+    parameters: Sequence[Tensor],
     ranks: Ranks,
     *,
     combine: Callable[[Rows], Gradients],
@@ -130,10 +131,13 @@ def combine_through(
         outputs = [output for cut in cuts for output in cut.outputs]
         # What heads and trunk have in common: a stem's connection that skips the trunk.
         keep = share_a_graph(losses.values(), outputs)
+        compiled = is_compiled(*losses.values(), *outputs)
         passes = differentiate(list(losses.values()), leaves, keep=keep)
         rows |= zip(losses, passes, strict=True)
         values = {name: mean.value for name, mean in means.items()}
         backward_from(cuts, combine(Rows(rows, leaves, values, scaled, apart=False, ranks=ranks)))
+        if compiled:
+            drop_zeros(parameters)
     return {name: average(losses).value for name, losses in seen.items()}
 
 

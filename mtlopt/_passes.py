@@ -46,7 +46,7 @@ def backward(
     inputs: list[Tensor] | None = None,
 ) -> None:
     """Adds the loss's gradient to `.grad` of the parameters that it reaches, and of no others."""
-    compiled = _is_compiled(loss)
+    compiled = is_compiled(loss)
     without = [p for p in parameters if p.grad is None] if compiled else []
     try:
         loss.backward(retain_graph=retain_graph, inputs=inputs)
@@ -146,8 +146,9 @@ def has_compiled() -> bool:
     return dynamo is not None and bool(dynamo.counters["aot_autograd"])
 
 
-def _is_compiled(loss: Tensor) -> bool:
-    return has_compiled() and any("CompiledFunction" in node.name() for node in _nodes([loss]))
+def is_compiled(*outputs: Tensor) -> bool:
+    """Whether a compiled graph lies before any of the tensors."""
+    return has_compiled() and any("CompiledFunction" in node.name() for node in _nodes(outputs))
 
 
 def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:

@@ -115,6 +115,32 @@ def test_a_connection_may_skip_the_features() -> None:
         torch.testing.assert_close(own[name], p.grad, rtol=0, atol=1e-14, msg=name)
 
 
+def test_a_compiled_head_of_an_absent_task_stays() -> None:
+    """Absent: its heads do not move at all. A compiled graph gives zeros for its other outputs."""
+    model = Network()
+    optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk)
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = model.heads
+
+        def forward(self, z: Tensor) -> dict[str, Tensor]:
+            return {task: self.heads[task](z) for task in TASKS}
+
+    heads = torch.compile(Heads(), backend="aot_eager")
+    before = snapshot(model)
+    x, y = batches(1)[0]
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        outputs = heads(model.trunk(x))
+        return {task: (outputs[task] - y[task]).square().mean() for task in ("a", "b")}
+
+    optimizer.step(losses)
+    still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert still == {"heads.c.weight"}
+
+
 # Ranks.
 
 
