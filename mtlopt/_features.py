@@ -106,6 +106,7 @@ def combine_through(
     """
     names = names_of(*tasks)
     seen: dict[str, list[Loss]] = {}
+    ranks.check_batches(len(batches))
     for batch in batches:
         with features.cutting() as cuts:
             terms, means = ask(question, names, batch, ranks)

@@ -167,6 +167,15 @@ def work(rank: int, folder: str) -> None:
         for x, y in batches(2):
             optimizer.step(rank_losses(model, calls=rank == 0), x, y)
         found[method] = snapshot(model)
+    model = Network()
+    optimizer = mtlopt.PCGrad(
+        adam(model), TASKS, features=model.trunk, process_group=dist.group.WORLD
+    )
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="the same number of `micro_batches`, got") as raised:
+        optimizer.step(make_losses(model), micro_batches=batches(1 + rank))
+    assert_equal(snapshot(model), before)
+    found["unequal"] = str(raised.value)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -189,3 +198,11 @@ def test_a_rank_without_labels_need_not_call_the_features(ranks: list[dict[str, 
         for rank in ranks:
             for name, weight in snapshot(model).items():
                 torch.testing.assert_close(rank[method][name], weight, rtol=0, atol=1e-12)
+
+
+def test_unequal_numbers_of_micro_batches_are_an_error_on_every_rank(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """Never a deadlock: without `features` they may differ, with them no rank is to wait."""
+    for rank, found in enumerate(ranks):
+        assert f"got {1 + rank} on this one of 2 that have 3" in found["unequal"]
