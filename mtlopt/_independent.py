@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._base import Common
-from mtlopt._build import build, duplicate
+from mtlopt._build import make
 from mtlopt._collect import collect
 from mtlopt._distributed import broadcast_parameters, choose_ranks
 from mtlopt._losses import (
@@ -58,6 +58,9 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
             from one forward pass (holding T gradients), then applies the T steps in turn.
         order: "fixed" keeps the order of `tasks`, "shuffled" draws it anew each step from
             ``self.generator`` (seed 0; saved in the state dict).
+        per_step: How many of the T tasks a step visits, so that it costs as many passes: all of
+            them if None. They come from a shuffled cycle, each equally often; one that is absent
+            from its batch has had its turn. "simultaneous" takes all.
         scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks that agree on the tasks' counts. "sequential" wants a model wrapped
@@ -66,9 +69,9 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
 
     Raises:
         TypeError: If `optimizer_class` makes something other than a plain optimizer.
-        ValueError: If `tasks` is empty or repeats a name, if `params` is empty, if the class
-            swaps the parameters for evaluation (schedule-free) and there are several tasks, or if
-            a scheduler or a hook is attached to an instance.
+        ValueError: If `tasks` is empty or repeats a name, if `params` is empty, if `per_step` is
+            out of its range, if the class swaps the parameters for evaluation (schedule-free) and
+            there are several tasks, or if a scheduler or a hook is attached to an instance.
 
     Example:
         >>> import torch, mtlopt
@@ -110,6 +113,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         *,
         schedule: Schedule = "sequential",
         order: Order = "fixed",
+        per_step: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -124,6 +128,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         *,
         schedule: Schedule = "sequential",
         order: Order = "fixed",
+        per_step: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -138,6 +143,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         *,
         schedule: Schedule = "sequential",
         order: Order = "fixed",
+        per_step: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -148,14 +154,20 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
                 f"`schedule` must be 'sequential' or 'simultaneous', got {schedule!r}."
             )
         self.schedule = schedule
-        optimizers = _make(optimizer_class, params, tasks, options)
+        optimizers = make(optimizer_class, params, tasks, options)
         self._lay_out(optimizers)
         first = next(iter(optimizers.values()))
-        super().__init__(optimizers, first, order, Common(scaler, check_finite, process_group))
+        common = Common(scaler, check_finite, process_group)
+        super().__init__(optimizers, first, order, per_step, common)
         if self._needs_closure and schedule == "simultaneous":
             raise ValueError(
                 "`schedule` must be 'sequential' for a class that needs a closure, "
                 f"got 'simultaneous' for {type(first).__name__}."
+            )
+        if schedule == "simultaneous" and per_step is not None:
+            raise ValueError(
+                "`per_step` must be None with schedule='simultaneous', whose one forward pass is "
+                f"of all tasks, got {per_step}."
             )
         if schedule == "simultaneous":
             broadcast_parameters(self._parameters, process_group)
@@ -168,7 +180,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         closure: Any = None,
         **keywords: Any,
     ) -> dict[str, Tensor]:
-        """Takes a step for every task that the batch has labels for, each with its own state.
+        """Takes a step for every task, or `per_step` of them, each with its own state.
 
         Args:
             losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar
@@ -232,31 +244,6 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
                 put(parameters, gradients.pop(task))
                 self._update(self[task], task, values)
         return values
-
-
-def _make(
-    optimizer_class: Any, params: Any, tasks: Any, options: dict[str, Any]
-) -> dict[Task, Optimizer]:
-    """Tells the two forms of the constructor from each other."""
-    if isinstance(optimizer_class, Optimizer):
-        if options or (params is not None and tasks is not None):
-            raise TypeError(
-                "An instance has its parameters and options already: "
-                "IndependentOptimizer(optimizer, tasks)."
-            )
-        return duplicate(optimizer_class, check_tasks(params if tasks is None else tasks))
-    if params is None or tasks is None:
-        raise TypeError(
-            "IndependentOptimizer takes a class, parameters and tasks, or an instance and tasks: "
-            "IndependentOptimizer(torch.optim.Adam, model.parameters(), tasks, lr=1e-3)."
-        )
-    if "weights" in options:
-        raise TypeError(
-            "IndependentOptimizer takes no `weights`: Adam, by itself, undoes a task's weight. "
-            "Give a task a learning rate of its own, optimizer[task].param_groups[0]['lr'] = ..., "
-            "or take JointOptimizer(optimizer, tasks, weights)."
-        )
-    return build(optimizer_class, params, check_tasks(tasks), options)
 
 
 def random_groups(

@@ -21,6 +21,8 @@ class Saved(Optimizer):
     tasks: Any
     generator: torch.Generator | None
     """What the method draws from, if it draws; saved in the state dict."""
+    _cycle: list[int] | None = None
+    """What it has drawn ahead, tasks by position, if it draws ahead; saved beside the generator."""
     process_group: dist.ProcessGroup | None
     _watch: Watch
 
@@ -45,6 +47,8 @@ class Saved(Optimizer):
         state["mtlopt"] = self._identity() | state["mtlopt"]
         if self.generator is not None:
             state["mtlopt"]["generator"] = self.generator.get_state()
+        if self._cycle is not None:
+            state["mtlopt"]["cycle"] = list(self._cycle)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state)
             state = state if changed is None else changed
@@ -72,10 +76,12 @@ class Saved(Optimizer):
         try:
             self._check_state(state_dict)
             self._restore_state(state_dict)
-            saved = state_dict.get("mtlopt", {}).get("generator")
-            if self.generator is not None and saved is not None:
+            own = state_dict.get("mtlopt", {})
+            if self._cycle is not None:
+                self._cycle = _check_cycle(own.get("cycle", []), len(self.tasks))
+            if self.generator is not None and own.get("generator") is not None:
                 # A generator's state stays on the CPU, wherever `map_location` put it.
-                self.generator.set_state(saved.cpu())
+                self.generator.set_state(own["generator"].cpu())
         except BaseException as error:
             for owner, attributes in zip(owners, kept, strict=True):
                 vars(owner).clear()
@@ -157,6 +163,12 @@ def extras(optimizer: Optimizer) -> dict[str, Any]:
 def _lasts(name: str) -> set[str]:
     # As in torch, a copy carries no hooks, and not the `step` that a scheduler patches in.
     return set() if name == "step" or name.startswith("_optimizer_") else {name}
+
+
+def _check_cycle(cycle: list[int], count: int) -> list[int]:
+    if not set(cycle) <= set(range(count)):
+        raise ValueError(f"`state_dict` must have a `cycle` of {count} tasks, got {cycle}.")
+    return list(cycle)
 
 
 def _as_lists(value: Any) -> Any:

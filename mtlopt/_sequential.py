@@ -22,9 +22,21 @@ class SequentialOptimizer(MultiTaskOptimizer):
     """A step per task, each at the weights that the previous task left."""
 
     def __init__(
-        self, tasks: Iterable[Task], inner: Optimizer, order: Order, common: Common
+        self,
+        tasks: Iterable[Task],
+        inner: Optimizer,
+        order: Order,
+        per_step: int | None,
+        common: Common,
     ) -> None:
         super().__init__(tasks, inner, common)
+        count = len(self.tasks)
+        if per_step is not None and per_step not in set(range(1, count + 1)):
+            raise ValueError(
+                f"`per_step` must be between 1 and {count} (the number of tasks), got {per_step!r}."
+            )
+        self.per_step = per_step
+        self._cycle = None if per_step is None else []
         if order not in ("fixed", "shuffled"):
             raise ValueError(f"`order` must be 'fixed' or 'shuffled', got {order!r}.")
         self.order = order
@@ -65,12 +77,28 @@ class SequentialOptimizer(MultiTaskOptimizer):
         return super()._batches(losses, batch, micro_batches)
 
     def _turns(self) -> list[Task]:
-        """The tasks in this step's order."""
+        """This step's tasks in their order."""
         self._note_step()
-        if self.order == "fixed":
+        if self.per_step is not None:
+            drawn = self._next_of_cycle(self.per_step)
+        elif self.order == "fixed":
             return list(self.tasks)
-        drawn = torch.randperm(len(self.tasks), generator=self.generator)
-        return [self.tasks[i] for i in drawn.tolist()]
+        else:
+            drawn = self._permutation()
+        return [self.tasks[i] for i in drawn]
+
+    def _next_of_cycle(self, count: int) -> list[int]:
+        """Takes the next tasks of permutations that are drawn one after the other."""
+        rest = self._cycle or []
+        if len(rest) < count:
+            # Those still to come stand last in the new permutation: no task twice in a step.
+            rest = rest + sorted(self._permutation(), key=rest.__contains__)
+        drawn, self._cycle = rest[:count], rest[count:]
+        return sorted(drawn) if self.order == "fixed" else drawn
+
+    def _permutation(self) -> list[int]:
+        drawn: list[int] = torch.randperm(len(self.tasks), generator=self.generator).tolist()
+        return drawn
 
     def _check_function(self, losses: object) -> None:
         if losses is None:
