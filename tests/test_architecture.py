@@ -18,8 +18,9 @@ LAYERS = (
     {"_balance", "_gradients", "_watch"},
     {"_saved"},
     {"_base", "_distributed", "_passes"},
-    {"_build", "_collect", "_wrapper"},
-    {"_combining", "_conflicts", "_panel", "_sequential"},
+    {"_build", "_collect", "_rows", "_wrapper"},
+    {"_conflicts", "_features", "_panel", "_sequential"},
+    {"_combining"},
     {"_aggregated", "_alternating", "_gradnorm", "_independent", "_joint", "_pcgrad"},
 )
 OPTIONAL = {"matplotlib", "torchjd"}  # may be imported where they are used, not with the package
