@@ -24,7 +24,7 @@ from mtlopt._losses import (
 )
 from mtlopt._panel import Panel
 from mtlopt._passes import put
-from mtlopt._sequential import Order, SequentialOptimizer, refuse_closure
+from mtlopt._sequential import Order, Record, SequentialOptimizer, refuse_closure
 
 Schedule: TypeAlias = Literal["sequential", "simultaneous"]
 
@@ -40,6 +40,9 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
     :math:`\hat m^{(k)}` is the update rule (Adam's, momentum's, any class's) with task k's own
     moments. T optimizers hold T times one optimizer's state for the parameters that all tasks
     reach; a parameter that task k does not reach gets no state in optimizer k.
+
+    With ``schedule="simultaneous"`` and Adam, AdaGrad or RMSprop this is AdaTask: moments of each
+    task's own, all gradients from one forward pass. (AdamW decays the weights in each task's step.)
 
     ``IndependentOptimizer(optimizer, tasks)`` makes T optimizers of an instance's class, groups,
     options and state; the instance itself is not used afterwards. ``IndependentOptimizer(
@@ -61,6 +64,8 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         per_step: How many of the T tasks a step visits, so that it costs as many passes: all of
             them if None. They come from a shuffled cycle, each equally often; one that is absent
             from its batch has had its turn. "simultaneous" takes all.
+        record: "updates" has :meth:`diagnostics` say what each task's step moves; while a step
+            lasts it costs T copies of the parameters that several tasks reach.
         scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks that agree on the tasks' counts. "sequential" wants a model wrapped
@@ -91,7 +96,8 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         >>> optimizer["a"].step()
 
     References:
-        Pascal et al., 2021 (arXiv 2109.11678); Pascal et al., Scientific Reports 12:12361, 2022.
+        Pascal et al., 2021 (arXiv 2109.11678); Pascal et al., Scientific Reports 12:12361, 2022;
+        AdaTask: Yang et al., AAAI 2023 (arXiv 2211.15055).
     """
 
     _without_losses = (
@@ -114,6 +120,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         schedule: Schedule = "sequential",
         order: Order = "fixed",
         per_step: int | None = None,
+        record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -129,6 +136,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         schedule: Schedule = "sequential",
         order: Order = "fixed",
         per_step: int | None = None,
+        record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -144,6 +152,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         schedule: Schedule = "sequential",
         order: Order = "fixed",
         per_step: int | None = None,
+        record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -158,7 +167,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         self._lay_out(optimizers)
         first = next(iter(optimizers.values()))
         common = Common(scaler, check_finite, process_group)
-        super().__init__(optimizers, first, order, per_step, common)
+        super().__init__(optimizers, first, order, per_step, record, common)
         if self._needs_closure and schedule == "simultaneous":
             raise ValueError(
                 "`schedule` must be 'sequential' for a class that needs a closure, "

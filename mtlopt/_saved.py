@@ -21,8 +21,6 @@ class Saved(Optimizer):
     tasks: Any
     generator: torch.Generator | None
     """What the method draws from, if it draws; saved in the state dict."""
-    _cycle: list[int] | None = None
-    """What it has drawn ahead, tasks by position, if it draws ahead; saved beside the generator."""
     process_group: dist.ProcessGroup | None
     _watch: Watch
 
@@ -44,11 +42,9 @@ class Saved(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state = self._collect_state()
-        state["mtlopt"] = self._identity() | state["mtlopt"]
+        state["mtlopt"] = self._identity() | state["mtlopt"] | self._own_state()
         if self.generator is not None:
             state["mtlopt"]["generator"] = self.generator.get_state()
-        if self._cycle is not None:
-            state["mtlopt"]["cycle"] = list(self._cycle)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state)
             state = state if changed is None else changed
@@ -77,8 +73,7 @@ class Saved(Optimizer):
             self._check_state(state_dict)
             self._restore_state(state_dict)
             own = state_dict.get("mtlopt", {})
-            if self._cycle is not None:
-                self._cycle = _check_cycle(own.get("cycle", []), len(self.tasks))
+            self._restore_own_state(own)
             if self.generator is not None and own.get("generator") is not None:
                 # A generator's state stays on the CPU, wherever `map_location` put it.
                 self.generator.set_state(own["generator"].cpu())
@@ -93,6 +88,13 @@ class Saved(Optimizer):
             raise
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a kind of method saves beside its optimizers' states."""
+        return {}
+
+    def _restore_own_state(self, own: dict[str, Any]) -> None:
+        """Takes from the entry `mtlopt` what an older one may lack."""
 
     def _identity(self) -> dict[str, Any]:
         """What a saved state must have in common with the optimizer that loads it."""
@@ -163,12 +165,6 @@ def extras(optimizer: Optimizer) -> dict[str, Any]:
 def _lasts(name: str) -> set[str]:
     # As in torch, a copy carries no hooks, and not the `step` that a scheduler patches in.
     return set() if name == "step" or name.startswith("_optimizer_") else {name}
-
-
-def _check_cycle(cycle: list[int], count: int) -> list[int]:
-    if not set(cycle) <= set(range(count)):
-        raise ValueError(f"`state_dict` must have a `cycle` of {count} tasks, got {cycle}.")
-    return list(cycle)
 
 
 def _as_lists(value: Any) -> Any:

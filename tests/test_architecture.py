@@ -17,7 +17,7 @@ LAYERS = (
     {"_classes", "_follower", "_losses", "_shards", "_torchjd"},
     {"_balance", "_gradients", "_watch"},
     {"_saved"},
-    {"_base", "_distributed", "_passes"},
+    {"_base", "_distributed", "_passes", "_updates"},
     {"_build", "_collect", "_rows", "_wrapper"},
     {"_conflicts", "_features", "_panel", "_sequential"},
     {"_combining"},
