@@ -9,6 +9,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from mtlopt._base import MultiTaskOptimizer
+from mtlopt._classes import refuse_hooks
 from mtlopt._follower import copied
 from mtlopt._losses import Task, check_tasks
 from mtlopt._saved import extras
@@ -58,6 +59,7 @@ def _duplicates(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optim
             f"`optimizer` must be a plain torch.optim.Optimizer, got {name}: a method does not go "
             "into another; pass what that one wraps."
         )
+    refuse_hooks(optimizer)
     if "step" in vars(optimizer) or any("initial_lr" in g for g in optimizer.param_groups):
         raise ValueError(
             f"`optimizer` must have no scheduler yet, got {name} with one, which would move "
@@ -136,4 +138,5 @@ def _build(
             "`optimizer_class` must make a plain torch.optim.Optimizer, "
             f"got {type(optimizer).__name__} from {optimizer_class!r}."
         )
+    refuse_hooks(optimizer)
     return optimizer

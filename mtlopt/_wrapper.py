@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtlopt._base import MultiTaskOptimizer
+from mtlopt._classes import refuse_hooks
 
 Self = TypeVar("Self", bound="WrappedOptimizer")
 
@@ -41,6 +42,7 @@ class WrappedOptimizer(MultiTaskOptimizer):
                 f"got {type(optimizer).__name__}: "
                 f"{type(self).__name__}(torch.optim.Adam(params, lr=...), tasks)."
             )
+        refuse_hooks(optimizer)
         self.base = optimizer
         self._hook()
 
