@@ -76,6 +76,7 @@ def _duplicates(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optim
 def _duplicate(optimizer: Optimizer) -> Optimizer:
     copy = type(optimizer).__new__(type(optimizer))
     memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    # What refers to the optimizer, a bound method say, is to refer to the copy.
     memo[id(optimizer)] = copy
     _note_subclasses(optimizer.state, memo)
     # Not the constructor, whose signature is the class's own business.
