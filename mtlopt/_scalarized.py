@@ -243,7 +243,8 @@ class Scalarized(OnePassOptimizer):
                     seen[name].append(mean)
         means = ranks.at_the_end.agree(seen)
         values = self._objectives({name: mean.value for name, mean in means.items()})
-        self.scalarizer.update(_stack(values, self._device))  # type: ignore[operator]  # FAMO's
+        with torch.autocast(self._device.type, enabled=False):
+            self.scalarizer.update(_stack(values, self._device))  # type: ignore[operator]  # FAMO's
 
     def _is_sum(self) -> bool:
         from torchjd.scalarization import Sum
