@@ -587,6 +587,15 @@ def test_what_the_user_has_to_write_is_named(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_what_an_interrupted_run_has_kept_is_dropped_by_the_next() -> None:
+    program: Any = load("lightning")
+    module = program.Module("pcgrad")
+    module._trainer = SimpleNamespace(accumulate_grad_batches=3)
+    for batch, number in (("left", 0), ("over", 1), ("new", 0)):
+        module.training_step(batch, number)
+    assert module._micro_batches == [("new",)]
+
+
 def test_what_has_not_been_tried_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
