@@ -142,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     optimizer = make_optimizer(options.method, model, dist.group.WORLD if parallel else None)
     plots = Plots(options.plot, options.method) if options.plot and rank == 0 else None
 
+    optimizer.diagnostics()  # A step per task takes its norms from the first call on.
     own = torch.arange(rank, len(inputs), ranks)  # each process its part of the data
     before = evaluate(TASKS, inputs, targets)
     for step in range(options.steps):

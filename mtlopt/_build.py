@@ -49,6 +49,7 @@ def duplicate(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optimiz
 def _duplicate(optimizer: Optimizer) -> Optimizer:
     copy = type(optimizer).__new__(type(optimizer))
     memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    # What refers to the optimizer, a bound method say, is to refer to the copy.
     memo[id(optimizer)] = copy
     _note_subclasses(optimizer.state, memo)
     # Not the constructor, whose signature is the class's own business.

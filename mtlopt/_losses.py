@@ -31,6 +31,7 @@ def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
         raise TypeError(
             f'`tasks` must be an iterable of names, got {tasks!r}: tasks=("left", "right").'
         )
+    # Lists become tuples: tasks are keys, and a configuration file knows no tuples.
     checked = tuple(tuple(task) if isinstance(task, list) else task for task in tasks)
     if not checked:
         raise ValueError("`tasks` must name at least one task, got none.")
@@ -167,6 +168,7 @@ def _call(losses: object, names: tuple[str, ...], batch: tuple[Any, ...]) -> Any
             f"got {type(losses).__name__}{remedy(losses)}. A function goes before its batch: "
             "optimizer.step(losses, *batch)."
         )
+    # Called first and understood afterwards: only who made the mistake pays for the signature.
     try:
         return losses(names, *batch)
     except TypeError as error:
@@ -193,6 +195,7 @@ def _check_loss(name: str, loss: Any, check_finite: bool) -> Loss:
             f"The loss of task {name!r} must be a tensor, (tensor, count) or None, got {loss!r}"
             + (": loss, not loss.item()." if isinstance(loss, float) else ".")
         )
+    # Integers of numpy and torch count too; a float is likely a sum in the wrong place.
     try:
         count = operator.index(count)
     except TypeError:

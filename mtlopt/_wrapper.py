@@ -20,6 +20,7 @@ class WrappedOptimizer(MultiTaskOptimizer):
 
     def __new__(cls: type[Self], *args: Any, **options: Any) -> Self:
         """Refuses a class before Python compares the arguments with the wrong signature."""
+        # A copy or a pickle calls this without arguments.
         if args and isinstance(args[0], type):
             name = args[0].__name__
             raise TypeError(
