@@ -107,14 +107,14 @@ def combine_through(
     names = names_of(*tasks)
     seen: dict[str, list[Loss]] = {}
     ranks.check_batches(len(batches))
-    for batch in batches:
+    for position, batch in enumerate(batches):
         with features.cutting() as cuts:
             terms, means = ask(question, names, batch, ranks)
         if terms:  # A batch, or a rank, without labels need not call the trunk.
             features.check(cuts)
         for name, mean in means.items():
             seen.setdefault(name, []).append(mean)
-        _check_counts(seen, batch is batches[-1], len(batches))
+        _check_counts(seen, position == len(batches) - 1, len(batches))
         leaves = [leaf for cut in cuts for leaf in cut.leaves]
         rows: dict[Task, Gradients] = {}
         losses: dict[Task, Tensor] = {}

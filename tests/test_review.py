@@ -141,6 +141,18 @@ def test_a_compiled_head_of_an_absent_task_stays() -> None:
     assert still == {"heads.c.weight"}
 
 
+def test_one_batch_may_come_twice_as_micro_batches() -> None:
+    """Per task the gradient is the average over the micro-batches: here it is the batch's own."""
+    model, expected = Network(), Network()
+    expected.load_state_dict(model.state_dict())
+    batch = batches(1)[0]
+    for network, micro_batches in ((model, [batch, batch]), (expected, [batch])):
+        optimizer = mtlopt.GradNorm(adam(network), TASKS, features=network.trunk)
+        optimizer.step(make_losses(network), micro_batches=micro_batches)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
 # Ranks.
 
 
