@@ -153,6 +153,27 @@ def test_one_batch_may_come_twice_as_micro_batches() -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("of", ["features", "shared"])
+def test_gradnorm_learns_from_norms_that_half_precision_does_not_hold(of: str) -> None:
+    """Its norms are those of finite gradients: G_i = |w_i dL_i|, whatever type they are of."""
+    half = torch.nn.Parameter(torch.zeros(100, 100, dtype=torch.float16))
+    trunk = nn.Identity()
+    base = torch.optim.SGD([half], lr=1e-4)
+    over: dict[str, Any] = {"features": trunk} if of == "features" else {"shared": [half]}
+    optimizer = mtlopt.GradNorm(base, ["a", "b"], **over)
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        z = trunk(half)
+        slopes = dict(zip("ab", (1000.0, 900.0), strict=True))
+        return {task: 1 + (z.float() * slopes[task]).sum() for task in tasks}
+
+    optimizer.step(losses)
+    found = optimizer.diagnostics()
+    torch.testing.assert_close(found["norms"], torch.tensor([1e5, 9e4]), rtol=1e-4, atol=0)
+    assert not found["skipped"]
+    assert found["weights"][0] < 1 < found["weights"][1]
+
+
 # Ranks.
 
 
