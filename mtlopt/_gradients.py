@@ -44,7 +44,7 @@ def norm(gradients: Gradients) -> Tensor:
     dense = [local(g.coalesce().values() if g.is_sparse else g) for g in given]
     if not dense:
         return torch.zeros(())
-    if HALVES >= {g.dtype for g in dense}:
+    if {g.dtype for g in dense} <= HALVES:
         norms = torch._foreach_norm(dense, 2, torch.float32)
     else:
         norms = torch._foreach_norm([g.float() if g.dtype in HALVES else g for g in dense])
