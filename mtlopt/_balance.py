@@ -136,10 +136,14 @@ class Balance:
 
     def loaded(self, state: Mapping[str, Any]) -> "Balance":
         """Returns a balance with the state that was saved."""
-        new = Balance(self.tasks, self.alpha, self.lr, {})
+        # An older state has one L(0) for each task, also for a group.
+        older = "initial_losses_of_groups" not in state
+        initial = state["initial_losses"].tolist() if older else ()
+        new = Balance(self.tasks, self.alpha, self.lr, dict(zip(self.tasks, initial, strict=older)))
         for weight, saved in zip(new.weights.values(), state["weights"], strict=True):
             weight.copy_(saved)
         new._adam.load_state_dict(state["weights_adam"])
-        new.first.copy_(state["initial_losses"])
-        new.given.copy_(state["initial_losses_of_groups"])
+        if not older:
+            new.first.copy_(state["initial_losses"])
+            new.given.copy_(state["initial_losses_of_groups"])
         return new

@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -195,6 +196,37 @@ def test_features_that_no_loss_depends_on_are_asked_about_once() -> None:
         optimizer.step(losses)
     optimizer.step(losses)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("tasks", [TASKS, [("a", "b"), "c"], [("a", "b", "c")]])
+def test_gradnorm_resumes_from_a_state_of_one_first_loss_a_task(tasks: Any) -> None:
+    """As they were saved before the names of a group had a first loss each, in the same format."""
+    model = Network()
+    data = batches(4)
+
+    def make() -> mtlopt.GradNorm:
+        return mtlopt.GradNorm(adam(model), tasks, shared=model.trunk[2].parameters())
+
+    optimizer = make()
+    optimizer.step(make_losses(model), *data[0])
+    state = deepcopy(optimizer.state_dict())
+    names, own = state["mtlopt"]["initial_losses"].tolist(), state["mtlopt"]
+    first = dict(zip(TASKS, names, strict=True))
+    del own["initial_losses_of_groups"]
+    own["initial_losses"] = torch.tensor(
+        [sum(first[name] for name in t) if isinstance(t, tuple) else first[t] for t in tasks]
+    )
+    resumed = make()
+    resumed.load_state_dict(state)
+    # At the same weights both see the same losses, and the same ratios to the first ones.
+    ratios = []
+    for one in (optimizer, resumed):
+        before = snapshot(model)
+        one.step(make_losses(model), *data[1])
+        model.load_state_dict(before)
+        ratios.append(one.diagnostics())
+    for name in ("rates", "weights", "norms"):
+        torch.testing.assert_close(ratios[0][name], ratios[1][name], rtol=1e-6, atol=0)
 
 
 # Ranks.
