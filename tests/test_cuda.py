@@ -27,7 +27,7 @@ SEQUENTIAL = ("alternating", "independent")
 AT_FEATURES = ("pcgrad", "gradnorm", "upgrad", "mean")
 CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD-foreach": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "foreach": True}),
-    "SGD-fused": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "fused": True}),
+    "SGD-fused": (torch.optim.SGD, {"lr": 0.05, "fused": True}),  # Its momentum wants all heads.
     "Adam-loop": (torch.optim.Adam, {"lr": 0.01, "foreach": False}),
     "Adam-foreach": (torch.optim.Adam, {"lr": 0.01, "foreach": True}),
     "Adam-fused": (torch.optim.Adam, {"lr": 0.01, "fused": True}),
@@ -278,8 +278,8 @@ def nccl(tmp_path: Path) -> Iterator[Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_one_rank_of_nccl_trains_as_no_ranks(method: str, features: bool, nccl: Any) -> None:
     """Every collective of the package takes tensors that NCCL takes."""
-    if features and method not in AT_FEATURES:
-        pytest.skip("takes no features")
+    if features and method not in ("pcgrad", "gradnorm", "upgrad"):
+        pytest.skip("takes no features, or none in parts")
     model, twin = twins(Levels().double())
     for own, group in ((model, {"process_group": nccl}), (twin, {})):
         common = {"features": own.trunk} if features else {}
