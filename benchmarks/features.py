@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torchvision.models import resnet18
+from torchvision.models import resnet18  # type: ignore[import-untyped]  # not typed
 
 import measured
 import mtlopt

@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 
-def call(*options: str | Path, python: str = sys.executable) -> tuple[int, str]:
+def call(*options: object, python: str = sys.executable) -> tuple[int, str]:
     command = ["bash", SCRIPT, "--device", "cpu", "--toy", *options]
     done = subprocess.run(
         [*map(str, command)],
