@@ -1,120 +1,149 @@
-"""Rules at the features beside the same rules on whole gradients: steps of a ResNet-18 with heads.
+"""What `features=` makes of the price: whole steps beside the joint loop by hand, and peak memory.
 
-python benchmarks/features.py
+python benchmarks/features.py --tasks 2 4 8 40
 
-A head of one matrix per task, Adam. Joint by hand, the floor, is one forward and one backward pass
-of the sum. On whole gradients a rule takes a backward pass through the trunk for every task; at
-the features it takes one. Peak memory is that of a process which takes three steps of one kind.
+A ResNet-18 trunk with a linear head of ten classes for each of T tasks, SGD with momentum; and the
+glaucoma network, whose encoder's five stages are the features. Times are of the processor, on one
+thread, where the device is one: a shared machine lengthens a step, not its work.
 """
 
 import argparse
-import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-from torchvision.models import resnet18  # type: ignore[import-untyped]  # not typed
+from torch.nn.functional import cross_entropy
 
 import measured
 import mtlopt
 
-FLOOR = "joint, by hand"
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
+from network import TASKS, MultiTaskUNet
+
+BY_HAND = "joint, by hand"
+NAMES = (BY_HAND, "joint", "pcgrad", "pcgrad, features", "gradnorm, features", "upgrad, features")
+SLOW = ("pcgrad", "upgrad, features")  # not for many tasks
+MANY = 8
 
 
-class Network(nn.Module):
-    def __init__(self, tasks: Sequence[str]) -> None:
-        super().__init__()
-        self.trunk = resnet18(num_classes=256)
-        self.heads = nn.ModuleDict({task: nn.Linear(256, 1) for task in tasks})
+class Problem:
+    """A network, its parameters, what its tasks share, and their losses on one batch."""
 
-    def forward(self, images: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-        z = self.trunk(images)
-        return {task: self.heads[task](z) for task in tasks}
+    def __init__(self, count: int, options: argparse.Namespace) -> None:
+        from torchvision.models import resnet18  # type: ignore[import-untyped]  # not typed
 
+        torch.manual_seed(0)
+        x = torch.randn(options.batch_size, 3, options.size, options.size, device=options.device)
+        self.tasks: tuple[str, ...] = tuple(f"task {k}" for k in range(count))
+        self.features: Any
+        self.model: nn.Module
+        if count:
+            trunk = resnet18(num_classes=1)
+            trunk.fc = nn.Identity()
+            heads = nn.ModuleDict({task: nn.Linear(512, 10) for task in self.tasks})
+            self.model = nn.ModuleList([trunk, heads]).to(options.device)
+            labels = torch.randint(10, (count, options.batch_size), device=options.device)
+            targets = dict(zip(self.tasks, labels, strict=True))
+            self.features = trunk
 
-def names() -> list[str]:
-    """Lists what can be measured here."""
-    rules = ["pcgrad", "upgrad"] if importlib.util.find_spec("torchjd") else ["pcgrad"]
-    at_features = [f"{rule}, features" for rule in (*rules, "gradnorm")]
-    return [FLOOR, "joint", *rules, *at_features]
+            def losses(tasks: Sequence[str]) -> dict[str, Tensor]:
+                z = trunk(x)
+                return {task: cross_entropy(heads[task](z), targets[task]) for task in tasks}
+        else:
+            self.tasks = TASKS
+            network = MultiTaskUNet(width=options.width).to(options.device)
+            self.model, self.features = network, list(network.encoder)
+
+            def losses(tasks: Sequence[str]) -> dict[str, Tensor]:
+                return {t: logits.square().mean() for t, logits in network(x, tasks).items()}
+
+        self.losses: Callable[[Sequence[str]], Mapping[str, Tensor]] = losses
+        self.base = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
 
 
 def make_step(name: str, count: int, options: argparse.Namespace) -> Callable[[], object]:
-    torch.manual_seed(0)
-    tasks = [f"task{k}" for k in range(count)]
-    model = Network(tasks).to(options.device)
-    shape = (options.batch_size, 3, options.size, options.size)
-    images = torch.randn(shape, device=options.device)
-    targets = {task: torch.randn(options.batch_size, 1, device=options.device) for task in tasks}
-    base = torch.optim.Adam(model.parameters(), lr=1e-4)
+    problem = Problem(count, options)
+    base, tasks, features = problem.base, problem.tasks, problem.features
+    if name == BY_HAND:
 
-    def losses(tasks: Sequence[str], images: Tensor) -> dict[str, Tensor]:
-        return {task: mse_loss(o, targets[task]) for task, o in model(images, tasks).items()}
+        def joint() -> None:
+            base.zero_grad()
+            torch.stack(list(problem.losses(tasks).values())).sum().backward()
+            base.step()
 
-    def by_hand() -> None:
-        base.zero_grad()
-        torch.stack(list(losses(tasks, images).values())).sum().backward()
-        base.step()
-
-    if name == FLOOR:
-        return by_hand
-    rule, _, where = name.partition(", ")
-    common: dict[str, Any] = {"features": model.trunk} if where else {}
+        return joint
     optimizer: mtlopt.MultiTaskOptimizer
-    if rule == "joint":
+    if name == "joint":
         optimizer = mtlopt.JointOptimizer(base, tasks)
-    elif rule == "pcgrad":
-        optimizer = mtlopt.PCGrad(base, tasks, **common)
-    elif rule == "gradnorm":
-        optimizer = mtlopt.GradNorm(base, tasks, **common)
+    elif name.startswith("pcgrad"):
+        optimizer = mtlopt.PCGrad(base, tasks, features=features if "," in name else None)
+    elif name.startswith("gradnorm"):
+        optimizer = mtlopt.GradNorm(base, tasks, features=features)
     else:
         from torchjd.aggregation import UPGrad
 
-        optimizer = mtlopt.Aggregated(base, tasks, UPGrad(), **common)
-    return lambda: optimizer.step(losses, images)
+        optimizer = mtlopt.Aggregated(base, tasks, UPGrad(), features=features)
+    return lambda: optimizer.step(problem.losses)
+
+
+def names_for(count: int) -> list[str]:
+    return [name for name in NAMES if count <= MANY or name not in SLOW]
+
+
+def measure(child: str, options: argparse.Namespace) -> dict[str, Any]:
+    what, _, rest = child.partition(":")
+    count, _, name = rest.partition(":")
+    if what == "memory":
+        step = make_step(name, int(count), options)
+        for _ in range(3):
+            step()
+        return {"bytes": measured.peak_memory(options.device)}
+    steps = {n: make_step(n, int(count), options) for n in names_for(int(count))}
+    cases = {n: lambda step=step: step for n, step in steps.items()}
+    clock = time.process_time if options.device == "cpu" else time.perf_counter
+    return measured.seconds(cases, options.repetitions, options.device, clock=clock)
 
 
 def main() -> None:
     parser = measured.make_parser(__doc__)
-    parser.set_defaults(processes=3, repetitions=5)
-    parser.add_argument("--tasks", type=int, nargs="+", default=(2, 4, 8, 40), help="values of T")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8, 40])
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures")
+    parser.add_argument("--width", type=int, default=16, help="of the glaucoma network")
+    parser.add_argument("--batch-size", type=int, default=8)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.child:
-        count, _, alone = options.child.partition(" ")
-        if alone:
-            step = make_step(alone, int(count), options)
-            for _ in range(3):
-                step()
-            print(json.dumps({"bytes": measured.peak_memory(options.device)}))
-            return
-        steps = {name: make_step(name, int(count), options) for name in names()}
-        cases: dict[str, measured.Case] = {
-            name: lambda step=step: step  # type: ignore[misc]  # inferred from the annotation
-            for name, step in steps.items()
-        }
-        print(json.dumps(measured.seconds(cases, options.repetitions, options.device, warm_up=2)))
+        print(json.dumps(measure(options.child, options)))
         return
-    shape = ["--size", str(options.size), "--batch-size", str(options.batch_size)]
+    arguments = ["--size", options.size, "--width", options.width]
+    arguments += ["--batch-size", options.batch_size]
     rows = []
-    for count in options.tasks:
-        results = measured.in_processes(options, [str(count)] * options.processes, shape)
-        alone = [f"{count} {name}" for name in names()]
-        memory = measured.in_processes(options, alone, shape) if count == options.tasks[-1] else []
-        for position, (name, time) in enumerate(measured.medians(results).items()):
-            row = [count, name, f"{1e3 * time:.1f}", measured.ratio(results, name, FLOOR)]
-            row.append(f"{memory[position]['bytes'] / 1e6:.0f}" if memory else "")
-            rows.append(row)
+    for count in [*options.tasks, 0]:
+        children = [f"times:{count}"] * options.processes
+        results = measured.in_processes(options, children, list(map(str, arguments)))
+        found = measured.medians(results)
+        names = names_for(count)
+        peaks = measured.in_processes(
+            options, [f"memory:{count}:{name}" for name in names], list(map(str, arguments))
+        )
+        for name, peak in zip(names, peaks, strict=True):
+            more = (peak["bytes"] - peaks[0]["bytes"]) / 2**20
+            label = f"ResNet-18, T = {count}" if count else "glaucoma network, T = 4"
+            times = [f"{1e3 * found[name]:.0f}", measured.ratio(results, name, BY_HAND)]
+            rows.append([label, name, *times, f"{more:+.0f}"])
     text = (
-        f"ResNet-18, {options.size} x {options.size} pixels, batch of {options.batch_size}. "
-        f"Medians of {options.processes} processes' medians over {options.repetitions} interleaved "
-        "steps; ratios of one process's medians with their range over the processes.\n\n"
+        f"Batches of {options.batch_size} pictures of {options.size} x {options.size}; the "
+        f"glaucoma network of width {options.width}. Medians of {options.processes} processes' "
+        f"medians over {options.repetitions} interleaved steps; ratios with their range over the "
+        "processes; peak memory of a process of its own, above the joint loop's; TorchJD "
+        "and its solver are in UPGrad's.\n\n"
     )
-    columns = ["T", "step", "ms", "x joint by hand", "peak memory, MB"]
+    columns = ["network", "method", "ms", "times the joint loop by hand", "MiB more"]
     measured.write_results(options, "features", text + measured.write_table(columns, rows))
 
 
