@@ -14,9 +14,9 @@ from mtlopt._base import Common
 from mtlopt._collect import Forwards, ask
 from mtlopt._combining import Batches, CombiningOptimizer
 from mtlopt._distributed import ALONE
-from mtlopt._gradients import Gradients, add, norm, numbers_of
+from mtlopt._gradients import Gradients, norm, numbers_of
 from mtlopt._losses import Question, Task, check_parameters, names_of, sum_tensors
-from mtlopt._passes import backward, partial, put
+from mtlopt._passes import backward, partial
 from mtlopt._rows import Rows
 from mtlopt._shards import local
 
@@ -223,10 +223,8 @@ class GradNorm(CombiningOptimizer):
             for task, g in gradients.items()
         }
         self._remember(shared, values, arrived)
-        total = [parameter.grad for parameter in parameters]
         for task in list(gradients):
-            total = add(total, gradients.pop(task))
-        put(parameters, total)
+            self._add(gradients.pop(task))
         return values
 
     def _by_task(self, values: Mapping[str, Tensor]) -> dict[Task, list[Tensor]]:
