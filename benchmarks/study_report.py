@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, SymmetricalLogLocator
 from scipy.stats import rankdata
 
 import study_rows
@@ -211,6 +212,23 @@ def table(results: Results) -> str:
     return write_table(columns, rows)
 
 
+def sentence(results: Results) -> str:
+    """Returns what may be written of the results."""
+    rival, seeds = results.rival, max(map(len, results.tests.values()))
+    others = [m for m in results.tests if m not in (results.reference, SUM, rival)]
+    verdicts = {method: verdict(results.against(method)) for method in others}
+    counts = [list(verdicts.values()).count(word) for word in ("better", "worse")]
+    text = f"Over {seeds} seeds, {counts[0]} of {len(others)} methods were better than the {rival} "
+    text += f"and {counts[1]} worse, by the 95 % bootstrap interval of the paired difference."
+    best = max(others, key=lambda method: mean(results.against(method)), default=None)
+    if best is None:
+        return text + "\n"
+    costs = results.costs
+    ratio = float(costs[best]["seconds"]) / float(costs[rival]["seconds"])
+    text += f" The largest difference is that of {best}: {with_interval(results.against(best))} "
+    return text + f"points of delta m, at {ratio:.1f} times the time of a step.\n"
+
+
 def mean(values: Any) -> float:
     return float(np.mean(list(values)))
 
@@ -249,7 +267,12 @@ def picture(results: Results, path: Path) -> None:
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.set(xscale="log", xlabel="ms a step", ylabel="delta m %", title=results.name)
     spread = [value for m in order for value in results.delta(m).values()]
-    axes.set_yscale("symlog", linthresh=max(1.0, float(np.percentile(np.abs(spread), 50))))
+    bound = float(f"{max(np.percentile(np.abs(spread), 50), 1e-3):.0e}")
+    axes.set_yscale("symlog", linthresh=bound)
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=bound, subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, dpi=90)
 
@@ -284,9 +307,10 @@ def write_report(folder: Path, problems: Sequence[str]) -> None:
     if any(results.name == "adult" for results in found):
         found.append(glaucoma())
     for results in found:
-        (folder / f"{results.name}.md").write_text(table(results), encoding="utf-8")
+        text = f"{table(results)}\n{sentence(results)}"
+        (folder / f"{results.name}.md").write_text(text, encoding="utf-8")
         picture(results, folder / f"{results.name}.png")
-        print(f"\n{results.name}\n\n{table(results)}")
+        print(f"\n{results.name}\n\n{text}")
     if len(found) > 1:
         (folder / "summary.md").write_text(summary(found), encoding="utf-8")
         print(f"\n{summary(found)}")

@@ -56,9 +56,10 @@ class Defaults:
     def weightings(self) -> list[dict[str, float]]:
         """The weighted sums that are searched: equal, by the first losses' inverse, around that.
 
-        The batch of the first losses is that of seed 0 in every run.
+        The first losses are those of seed 0 in every run.
         """
-        first = type(self)(0)
+        with torch.random.fork_rng(devices=[]):
+            first = make(type(self), 0)
         values = first.losses(self.tasks, *next(first.batches()))
         sizes = np.array([abs(float(value_of(values[task]))) for task in self.tasks])
         inverse = -np.log10(np.maximum(sizes, 1e-12))

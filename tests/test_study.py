@@ -177,9 +177,42 @@ def test_every_method_of_the_table_learns(method: str, tiny: Path) -> None:
     assert row["score"] > study_runs.score(before, ())
 
 
+def test_the_weights_that_are_searched_are_the_same_for_every_seed(tiny: Path) -> None:
+    """The plain sum's first, then such that all losses begin alike, then around that."""
+    problem = study_runs.load(str(tiny))
+    made = study_runs.make(problem, 3)
+    before = torch.random.get_rng_state()
+    found = made.weightings()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert found == study_runs.make(problem, 0).weightings()
+    assert found[0] == {"a": 1, "b": 1}
+    first = study_runs.make(problem, 0)
+    losses = first.losses(first.tasks, *next(first.batches()))
+    a, b = losses["a"].item(), losses["b"].item()
+    assert found[1]["a"] * a == pytest.approx(found[1]["b"] * b)
+    assert len({weights["a"] / weights["b"] for weights in found}) == len(study_plan.WEIGHTINGS) + 1
+
+
 def test_the_passes_of_a_step_are_counted(tiny: Path) -> None:
     costs = study_runs.measure_costs(str(tiny), [SUM, "independent", "PCGrad", "GradNorm"], 1)
     assert [(row["forward"], row["backward"]) for row in costs] == [(1, 1), (2, 2), (1, 2), (1, 3)]
+
+
+def test_the_problem_of_the_how_to_page_is_short_and_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs/how-to/own-problem.md").read_text(encoding="utf-8")
+    block = page.split("```python\n")[1].split("```")[0]
+    assert sum(bool(line.strip()) for line in block.split("class Problem")[1].splitlines()) <= 30
+    (tmp_path / "digits.py").write_text(block.replace("steps = 300", "steps = 20"))
+    row = study_runs.run(str(tmp_path / "digits.py"), Config("independent", 0.01, 0, 0), 20)
+    assert "error" not in row, row
+    assert row["test"].keys() == {"digit", "rest"}
+
+
+def test_the_page_on_the_results_has_every_file_of_them() -> None:
+    page = (ROOT / "docs/does-it-help.md").read_text(encoding="utf-8")
+    for file in (ROOT / "benchmarks/results/study").iterdir():
+        if file.suffix in (".md", ".png"):
+            assert f"benchmarks/results/study/{file.name}" in page, file.name
 
 
 def results(**methods: list[float]) -> study_report.Results:
