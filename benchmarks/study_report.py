@@ -292,7 +292,8 @@ def summary(found: Sequence[Results]) -> str:
             if method != results.rival:
                 found_verdict = verdict(results.against(method))
                 mark = {"better": " **+**", "worse": " **-**"}.get(found_verdict, "")
-            row.append(f"{mean(results.delta(method).values()):+.1f}{mark}")
+            own_delta = mean(results.delta(method).values())
+            row.append(f"{own_delta:+.{1 if abs(own_delta) >= 10 else 2}f}{mark}")
             if method in ranks[results.name]:
                 every = ranks[results.name]
                 own.append((mean(every[method]) - 1) / max(1, len(every) - 1))
