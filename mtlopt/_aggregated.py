@@ -1,6 +1,6 @@
 """Aggregated: any aggregator of TorchJD as the combination of the tasks' gradients."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtlopt import _gradients
+from mtlopt._base import Common
 from mtlopt._collect import Forwards
-from mtlopt._combining import Batches, CombiningOptimizer, as_it_arrives
-from mtlopt._distributed import is_sharded, sum_over_shards
-from mtlopt._losses import LossesFunction, ReadyLosses, Task
+from mtlopt._combining import CombiningOptimizer
+from mtlopt._gradients import Gradients, combine, gram, reach
+from mtlopt._losses import Task
+from mtlopt._shards import is_sharded
 
 PLAIN = (Tensor, bool, int, float, str, tuple, torch.dtype, type(None))
 
@@ -71,14 +72,7 @@ class Aggregated(CombiningOptimizer):
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
-            optimizer,
-            tasks,
-            forwards=forwards,
-            scaler=scaler,
-            check_finite=check_finite,
-            process_group=process_group,
-        )
+        super().__init__(optimizer, tasks, forwards, Common(scaler, check_finite, process_group))
         self._refuse_closures()
         try:
             from torchjd.aggregation import Aggregator, GramianWeightedAggregator
@@ -108,67 +102,44 @@ class Aggregated(CombiningOptimizer):
         """
         return dict(self._seen)
 
-    def _add_gradient(
-        self,
-        losses: LossesFunction | ReadyLosses,
-        batches: Batches,
-        scale: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        values, collected = self._collect(losses, batches, scale)
-        present = [k for k, task in enumerate(self.tasks) if task in collected]
+    def _combine(self, gradients: dict[Task, Gradients], scaled: bool) -> Gradients:
+        present = [k for k, task in enumerate(self.tasks) if task in gradients]
         if not present:
-            return {}
+            return [None] * len(self._parameters)
         if len(present) < len(self.tasks):
             self._check_rows(present)
-        gradients = list(collected.values())
-        del collected
-        scaled = self._scaling is not None or scale is as_it_arrives
+        rows = list(gradients.values())
         # A caller's autocast is not for the aggregation.
         with self._drawing_alike(), torch.autocast(self._device.type, enabled=False):
-            combined = (
-                self._by_matrix(gradients, scaled)
-                if self._weighting is None
-                else self._by_gramian(gradients, present, scaled)
-            )
-        self._add(combined)
-        return values
+            if self._weighting is None:
+                return self._by_matrix(rows, scaled)
+            return self._by_gramian(rows, present, scaled)
 
-    def _by_gramian(
-        self, gradients: list[_gradients.Gradients], present: list[int], scaled: bool
-    ) -> _gradients.Gradients:
+    def _by_gramian(self, rows: list[Gradients], present: list[int], scaled: bool) -> Gradients:
         weights = [1.0]
         if len(present) > 1:
-            gram = sum_over_shards(_gradients.gram(gradients), self._parameters)
+            products = gram(rows)
             # NaN takes an overflow to the scaler, where the aggregator might raise.
-            lost = scaled and not gram.isfinite().all()
-            weights = [float("nan")] * len(present) if lost else self._weighting(gram).tolist()
+            lost = scaled and not products.isfinite().all()
+            weights = [float("nan")] * len(rows) if lost else self._weighting(products).tolist()
         coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
         coefficients[present] = torch.tensor(weights, dtype=torch.float64)
         self._seen["coefficients"] = coefficients
-        return _gradients.combine(gradients, weights)
+        return combine(rows, weights)
 
-    def _by_matrix(
-        self, gradients: list[_gradients.Gradients], scaled: bool
-    ) -> _gradients.Gradients:
-        reach = _gradients.reach(gradients)
-        shared = [i for i, tasks in enumerate(reach) if len(tasks) > 1]
+    def _by_matrix(self, rows: list[Gradients], scaled: bool) -> Gradients:
         parameters = self._parameters
         if is_sharded(parameters):
             raise ValueError(
                 "`aggregator` must work from the Gramian where the parameters are sharded, "
                 f"got {type(self.aggregator).__name__}, which needs whole gradients."
             )
-        combined = [gradients[ts[0]][i] if len(ts) == 1 else None for i, ts in enumerate(reach)]
+        reached = reach(rows)
+        shared = [i for i, tasks in enumerate(reached) if len(tasks) > 1]
+        combined = [rows[ts[0]][i] if len(ts) == 1 else None for i, ts in enumerate(reached)]
         if shared:
             sizes = [parameters[i].numel() for i in shared]
-            dtype = reduce(torch.promote_types, {parameters[i].dtype for i in shared})
-            matrix = parameters[shared[0]].new_zeros(len(gradients), sum(sizes), dtype=dtype)
-            for i, columns in zip(shared, matrix.split(sizes, dim=1), strict=True):
-                for row, own in zip(columns, gradients, strict=True):
-                    gradient, own[i] = own[i], None  # held once, here or in the matrix
-                    if gradient is not None:
-                        dense = gradient.to_dense() if gradient.is_sparse else gradient
-                        row.copy_(dense.reshape(-1))
+            matrix = _stack(rows, shared, parameters)
             lost = scaled and not matrix.isfinite().all()
             vector = matrix[0] * float("nan") if lost else self.aggregator(matrix)
             for i, part in zip(shared, vector.split(sizes), strict=True):
@@ -206,6 +177,19 @@ class Aggregated(CombiningOptimizer):
             for name, value in attributes.items():
                 copy = value.clone() if isinstance(value, Tensor) else value
                 (module._buffers if name in module._buffers else vars(module))[name] = copy
+
+
+def _stack(rows: list[Gradients], shared: list[int], parameters: list[Tensor]) -> Tensor:
+    """Moves the tasks' gradients of the shared parameters into the (T, n) matrix J."""
+    sizes = [parameters[i].numel() for i in shared]
+    dtype = reduce(torch.promote_types, {parameters[i].dtype for i in shared})
+    matrix = parameters[shared[0]].new_zeros(len(rows), sum(sizes), dtype=dtype)
+    for i, columns in zip(shared, matrix.split(sizes, dim=1), strict=True):
+        for row, own in zip(columns, rows, strict=True):
+            gradient, own[i] = own[i], None  # held once, here or in the matrix
+            if gradient is not None:
+                row.copy_((gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
+    return matrix
 
 
 def _stateful(aggregator: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt._losses import LossesFunction, ReadyLosses, Task
+from mtlopt._base import Common
+from mtlopt._losses import LossesFunction, ReadyLosses, Task, refuse_keywords
 from mtlopt._sequential import Order, SequentialOptimizer, refuse_closure
 from mtlopt._wrapper import WrappedOptimizer
 
@@ -71,6 +72,7 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
         "`step` of AlternatingOptimizer needs `losses`. In a loop that owns the backward pass "
         "call the wrapped optimizer: optimizer.zero_grad(); loss.backward(); optimizer.base.step()."
     )
+    _with_ready_losses = 'IndependentOptimizer with schedule="simultaneous" takes ready losses.'
 
     def __init__(
         self,
@@ -82,14 +84,8 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
-            optimizer,
-            tasks,
-            order=order,
-            scaler=scaler,
-            check_finite=check_finite,
-            process_group=process_group,
-        )
+        self._wrap(optimizer)
+        super().__init__(tasks, self.base, order, Common(scaler, check_finite, process_group))
         self._turn = {task: cast(Optimizer, _Turn(self.base)) for task in self.tasks}
 
     def step(  # type: ignore[override]  # torch's closure is the keyword `closure` here
@@ -98,6 +94,7 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
         *batch: Any,
         micro_batches: Iterable[Any] | None = None,
         closure: Any = None,
+        **keywords: Any,
     ) -> dict[str, Tensor]:
         """Takes a step for every task that the batch has labels for.
 
@@ -107,6 +104,7 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
             *batch: Passed on to `losses`.
             micro_batches: Several batches to average over, in place of `batch`.
             closure: Not taken; here for torch's signature.
+            **keywords: None: a batch goes by position.
 
         Returns:
             The present tasks' losses, detached scalars.
@@ -116,15 +114,22 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
             ValueError: If a loss is not a scalar with a graph, or was not asked for. The earlier
                 tasks have stepped then.
         """
+        refuse_keywords(keywords)
         refuse_closure(closure)
+        if losses is None and self._is_repeated():
+            return {}
+        self._check_function(losses)
         batches = self._batches(losses, batch, micro_batches)
-        function = cast(LossesFunction, losses)
+        question = self._question(losses)
         values: dict[str, Tensor] = {}
-        with self._scaler_updated():
+        try:
             for task in self._turns():
                 # Eq. 2: this task's gradient is taken where the previous task's step ended.
-                gradient = partial(self._backward, function, task, batches)
+                gradient = partial(self._backward, question, task, batches)
                 if present := gradient():
                     self._update(self._turn[task], task, present, gradient)
                 values |= present
+        finally:
+            self._update_scaler()
+        self._finish(values)
         return values

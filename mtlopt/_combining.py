@@ -1,8 +1,6 @@
 """CombiningOptimizer: the methods that make one step of all tasks' gradients."""
 
-import warnings
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,37 +8,35 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt import _gradients
+from mtlopt._base import Common
 from mtlopt._classes import repeat
-from mtlopt._collect import Forwards, collect
-from mtlopt._distributed import all_ranks, check_reduced, is_sharded
-from mtlopt._gradients import Gradients
-from mtlopt._losses import LossesFunction, ReadyLosses, Task, list_batches, sum_tensors
+from mtlopt._collect import Collected, Forwards, collect
+from mtlopt._distributed import Ranks, broadcast_parameters, choose_ranks
+from mtlopt._gradients import Gradients, add
+from mtlopt._losses import LossesFunction, Question, ReadyLosses, Task, refuse_keywords, sum_tensors
+from mtlopt._passes import put
 from mtlopt._wrapper import WrappedOptimizer
 
 Batches = list[tuple[Any, ...]]
 
 
-def as_it_arrives(loss: Tensor) -> Tensor:
-    """The scale of losses in the imperative form, where the user's scaler has been applied."""
-    return loss
-
-
 class CombiningOptimizer(WrappedOptimizer):
-    """One update of the wrapped optimizer per step, with a gradient made of all tasks'."""
+    """One update of the wrapped optimizer per step, with a gradient made of all tasks'.
+
+    A method implements :meth:`_combine`. One that needs other passes than a gradient per task
+    implements :meth:`_add_gradient`.
+    """
 
     def __init__(
-        self, optimizer: Optimizer, tasks: Iterable[Task], *, forwards: Forwards, **shared: Any
+        self, optimizer: Optimizer, tasks: Iterable[Task], forwards: Forwards, common: Common
     ) -> None:
-        super().__init__(optimizer, tasks, **shared)
+        self._wrap(optimizer)
+        super().__init__(tasks, self.base, common)
         if forwards not in ("joint", "per-task"):
             raise ValueError(f"`forwards` must be 'joint' or 'per-task', got {forwards!r}.")
         self.forwards = forwards
-        self._checked = False
-        # Set in place: what Lightning's wrapper assigns in `backward` stays with the wrapper.
-        self._combined = [False]
-        self._warned = False
-        self._broadcast(self.param_groups)
+        self._compared = False
+        broadcast_parameters(self._parameters, self.process_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer, with the first rank's parameters.
@@ -49,7 +45,7 @@ class CombiningOptimizer(WrappedOptimizer):
             param_group: As torch takes it.
         """
         super().add_param_group(param_group)
-        self._broadcast(self.param_groups[-1:])
+        broadcast_parameters(self.param_groups[-1]["params"], self.process_group)
 
     def _refuse_closures(self) -> None:
         if self._needs_closure:
@@ -58,17 +54,27 @@ class CombiningOptimizer(WrappedOptimizer):
                 f"anew, got {type(self.base).__name__}."
             )
 
-    @abstractmethod
+    # What a method is.
+
+    def _combine(self, gradients: dict[Task, Gradients], scaled: bool) -> Gradients:
+        """Makes one gradient of the present tasks'; called at every step, with none too.
+
+        Args:
+            gradients: P tensors or None for each present task, in order; to be written over.
+            scaled: Whether a scaler waits for an overflow, which is not to raise.
+        """
+        raise NotImplementedError
+
     def _add_gradient(
-        self,
-        losses: LossesFunction | ReadyLosses,
-        batches: Batches,
-        scale: Callable[[Tensor], Tensor],
+        self, question: Question, batches: Batches, arrived: bool
     ) -> dict[str, Tensor]:
         """Adds the combined gradient to `.grad`; returns the values of the present tasks.
 
-        `scale` is applied to each loss; with `as_it_arrives` the user's scaler has been already.
+        `arrived` says that the losses come from the user, who has scaled them if at all.
         """
+        values, gradients = self._collect(question, batches, arrived)
+        self._add(self._combine(gradients, arrived or self._scaling is not None))
+        return values
 
     def _objective(self, values: dict[str, Tensor]) -> Tensor:
         """What the gradient is the gradient of, for a class that searches along a line."""
@@ -77,23 +83,38 @@ class CombiningOptimizer(WrappedOptimizer):
     def _stepped(self, skipped: Tensor | None) -> None:
         """Called after each update, or what a scaler skipped of it."""
 
+    def _is_sum(self) -> bool:
+        """Whether the method's gradient is the one that `sum(losses).backward()` makes."""
+        return False
+
+    # What the methods share.
+
+    @property
+    def _ranks(self) -> Ranks:
+        return choose_ranks(self._walk(), self.process_group, reduced=False)
+
     def _collect(
         self,
-        losses: LossesFunction | ReadyLosses,
+        question: Question,
         batches: Batches,
-        scale: Callable[[Tensor], Tensor],
-        tasks: Sequence[Task] | None = None,
-    ) -> tuple[dict[str, Tensor], dict[Task, Gradients]]:
+        arrived: bool,
+        weights: Mapping[str, float] | None = None,
+    ) -> Collected:
         return collect(
-            losses,
-            tasks or self.tasks,
+            question,
+            self.tasks,
             batches,
             self._parameters,
-            check_finite=self.check_finite,
-            scale=scale,
-            group=self.process_group,
+            self._ranks,
+            scale=None if arrived else self._scale,
             forwards=self.forwards,
+            weights=weights,
+            watch=self._watch,
         )
+
+    def _add(self, gradient: Gradients) -> None:
+        parameters = self._parameters
+        put(parameters, add([parameter.grad for parameter in parameters], gradient))
 
     def step(  # type: ignore[override]  # torch's closure is the keyword `closure` here
         self,
@@ -101,16 +122,19 @@ class CombiningOptimizer(WrappedOptimizer):
         *batch: Any,
         micro_batches: Iterable[Any] | None = None,
         closure: Callable[[], Any] | None = None,
+        **keywords: Any,
     ) -> dict[str, Tensor]:
         """Takes one step on all tasks that the batch has labels for.
 
         Args:
             losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar
                 loss, (loss, count) or None; or that mapping itself, from one forward pass. None:
-                apply the gradients in `.grad`, as torch's `step` does.
+                apply the gradients in `.grad`, as torch's `step` does; right after a step on
+                losses they have been applied, so nothing is done, and a warning says so once.
             *batch: Passed on to `losses`.
             micro_batches: Several batches to average over, in place of `batch`.
             closure: Without `losses`, what torch's `step` takes.
+            **keywords: None: a batch goes by position.
 
         Returns:
             The present tasks' losses, detached scalars. Without `losses`, what the wrapped
@@ -118,30 +142,30 @@ class CombiningOptimizer(WrappedOptimizer):
 
         Raises:
             TypeError: If the arguments do not go together.
-            ValueError: If a loss is not a scalar with a graph, or was not asked for. Nothing has
+            ValueError: If a loss is not a scalar with a graph, or of an unknown task. Nothing has
                 moved then.
         """
+        refuse_keywords(keywords)
         if losses is None:
             if batch or micro_batches is not None:
                 raise TypeError("`losses` must be given with a batch, got None.")
-            result: Any = self.base.step() if closure is None else self.base.step(closure)
-            self._warn_unless_combined()
-            self._stepped(None)
-            return result  # type: ignore[no-any-return]  # torch's form returns torch's value
+            return self._apply(closure)  # type: ignore[no-any-return]  # torch's value, in torch's form
         if closure is not None:
             raise TypeError("`closure` must be None beside `losses`: they say the same.")
-        batches = list_batches(losses, batch, micro_batches)
+        batches = self._batches(losses, batch, micro_batches)
         if isinstance(losses, Mapping) and self._needs_closure:
             raise TypeError(
                 "`losses` must be a function losses(tasks, *batch) for a class that evaluates it "
                 f"several times, {type(self.base).__name__}, got {type(losses).__name__}."
             )
         self._note_step()
-        gradient = partial(self._fresh_gradient, losses, batches)
+        gradient = partial(self._fresh_gradient, self._question(losses), batches)
         values = gradient()
-        self._check_reduced()
+        if not self._compared:
+            self._compare()
         if values:
             self._update(values, gradient)
+        self._finish(values)
         return values
 
     @torch.enable_grad()
@@ -151,70 +175,49 @@ class CombiningOptimizer(WrappedOptimizer):
         Args:
             losses: Mapping from task to a scalar loss, (loss, count) or None, of one forward pass.
         """
-        self._add_gradient(losses, [()], as_it_arrives)
-        self._combined[0] = True
+        self._add_gradient(self._question(losses), [()], arrived=True)
+        self._watch.changed()
+        self._watch.combined = True
 
     @torch.enable_grad()
-    def _fresh_gradient(
-        self, losses: LossesFunction | ReadyLosses, batches: Batches
-    ) -> dict[str, Tensor]:
-        self.zero_grad()
-        values = self._add_gradient(losses, batches, self._scale)
-        self._combined[0] = True
+    def _fresh_gradient(self, question: Question, batches: Batches) -> dict[str, Tensor]:
+        self._clear()
+        values = self._add_gradient(question, batches, arrived=False)
+        self._watch.combined = True
         return values
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, as the wrapped optimizer does.
-
-        Args:
-            set_to_none: Whether they become None, or zero.
-        """
-        super().zero_grad(set_to_none)
-        self._cleared()
-
-    def _cleared(self) -> None:
-        """Forgets what belonged to the gradients that have been cleared."""
-        self._combined[0] = False
-
-    def _is_sum(self) -> bool:
-        """Whether the method's gradient is the one that `sum(losses).backward()` makes."""
-        return False
+    def _apply(self, closure: Callable[[], Any] | None) -> Any:
+        """Applies what lies in `.grad`, as torch's `step` does."""
+        if closure is None and self._is_repeated():
+            return None
+        result: Any = self.base.step() if closure is None else self.base.step(closure)
+        self._warn_unless_combined()
+        self._stepped(None)
+        return result
 
     def _warn_unless_combined(self) -> None:
-        combined, self._combined[0] = self._combined[0], False
-        if combined or self._warned or self._is_sum() or len(self.tasks) == 1:
+        combined, self._watch.combined = self._watch.combined, False
+        if combined or self._is_sum() or len(self.tasks) == 1:
             return
         given = [p.grad for p in self._parameters if p.grad is not None]
         if any(getattr(gradient, "to_local", lambda g=gradient: g)().any() for gradient in given):
-            self._warned = True
-            warnings.warn(
+            self._watch.once(
+                "plain",
                 f"`step` of {type(self).__name__} without losses applied gradients that it did "
                 "not make: call `optimizer.backward(losses)` in the place of "
                 "`sum(losses).backward()`, or `optimizer.step(losses, *batch)`. A framework that "
                 "takes the backward pass itself makes the plain sum of every method.",
-                stacklevel=3,
             )
 
-    def _check_reduced(self) -> None:
+    def _compare(self) -> None:
         """Makes sure, at the first step, that the ranks' gradients are one."""
-        ranks = None if self._checked or self.process_group is not None else all_ranks()
-        self._checked = True
-        parameters = self._parameters
-        if ranks is None or is_sharded(parameters):
-            return
-        norms = _gradients.norms(self._seen_gradients())
-        norm = torch.stack(norms).norm() if norms else torch.zeros(())
+        self._compared = True
         remedy = "do not wrap the model in DistributedDataParallel, and give a `process_group`."
-        check_reduced(norm, ranks, "of all tasks", remedy)
+        self._ranks.check_alike(self._seen_gradients(), "of all tasks", remedy)
 
     def _seen_gradients(self) -> Gradients:
         """What must be the same on all ranks before an update."""
         return [parameter.grad for parameter in self._parameters]
-
-    def _add(self, gradient: Gradients) -> None:
-        parameters = self._parameters
-        earlier = [parameter.grad for parameter in parameters]
-        _gradients.put(parameters, _gradients.add(earlier, gradient))
 
     def _update(self, values: dict[str, Tensor], again: Callable[[], dict[str, Tensor]]) -> None:
         skipped = None

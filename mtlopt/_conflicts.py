@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtlopt import _gradients
 from mtlopt._collect import collect
-from mtlopt._distributed import norm_over_shards, sum_over_shards
+from mtlopt._distributed import ALONE
+from mtlopt._gradients import conflict_fraction, cosines, gram
 from mtlopt._losses import (
     LossesFunction,
+    Question,
     ReadyLosses,
     Task,
+    check_parameters,
     check_tasks,
     list_batches,
+    names_of,
 )
 
 if TYPE_CHECKING:
@@ -122,26 +125,17 @@ def conflicts(
     References:
         Yu et al., 2020 (arXiv 2001.06782), Definition 1.
     """
-    names = check_tasks(tasks)
-    parameters = [p for p in _gradients.check_parameters("params", params) if p.requires_grad]
+    checked = check_tasks(tasks)
+    parameters = [p for p in check_parameters("params", params) if p.requires_grad]
     if not parameters:
         raise ValueError("`params` must hold at least one that requires a gradient, got none.")
-    _, collected = collect(
-        losses,
-        names,
-        list_batches(losses, batch, None),
-        parameters,
-        check_finite=False,
-        scale=lambda loss: loss,
-        group=None,
-        alone=True,
-    )
-    present = torch.tensor([k for k, task in enumerate(names) if task in collected]).long()
-    gram = sum_over_shards(_gradients.gram(list(collected.values())), parameters).cpu()
-    norms = torch.full((len(names),), float("nan"), dtype=torch.float64)
-    cosines = torch.full((len(names), len(names)), float("nan"), dtype=torch.float64)
-    for k, gradient in zip(present.tolist(), collected.values(), strict=True):
-        norms[k] = norm_over_shards(_gradients.norms(gradient), parameters).cpu()
-    gram.diagonal().copy_(norms[present] ** 2)
-    cosines[present[:, None], present] = _gradients.cosines(gram)
-    return ConflictReport(names, norms, cosines, _gradients.conflict_fraction(gram).item())
+    question = Question(losses, names_of(*checked), check_finite=False)
+    batches = list_batches(losses, batch, None)
+    _, gradients = collect(question, checked, batches, parameters, ALONE, alone=True)
+    present = torch.tensor([k for k, task in enumerate(checked) if task in gradients]).long()
+    products = gram(list(gradients.values()), shared=False)
+    norms = torch.full((len(checked),), float("nan"), dtype=torch.float64)
+    angles = torch.full((len(checked), len(checked)), float("nan"), dtype=torch.float64)
+    norms[present] = products.diagonal().sqrt()
+    angles[present[:, None], present] = cosines(products)
+    return ConflictReport(checked, norms, angles, conflict_fraction(products).item())

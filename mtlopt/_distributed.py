@@ -1,24 +1,156 @@
-"""What the ranks of a process group agree on, and the sum of their gradients."""
+"""Ranks: what averages over samples, on one process or on many."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtlopt._losses import Loss, mean
+from mtlopt._gradients import Gradients, norm
+from mtlopt._losses import Loss, average
+from mtlopt._shards import is_sharded
 
 BUCKET_BYTES = 25 * 2**20  # The size of a bucket in DistributedDataParallel.
 
 
-def broadcast_parameters(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Gives every rank the parameters of the group's first rank, as DDP does."""
-    source = dist.get_global_rank(group, 0)
-    with torch.no_grad():
-        for parameter in parameters:
-            dist.broadcast(parameter.detach(), source, group=group)
+class Ranks:
+    """The processes that average together; this, the null form, is one process by itself."""
+
+    @property
+    def each_batch(self) -> "Ranks":
+        """Those that agree on every micro-batch, before its backward pass."""
+        return self
+
+    @property
+    def at_the_end(self) -> "Ranks":
+        """Those that agree on the micro-batches together, after the last backward pass."""
+        return ALONE
+
+    def agree(self, seen: Mapping[str, Sequence[Loss]]) -> dict[str, Loss]:
+        """Averages each task's losses by their counts, over batches and ranks.
+
+        Args:
+            seen: Each task's losses on this rank; those with a count of 0 count for nothing.
+
+        Returns:
+            The averages of the tasks present, each with the count of all its samples.
+        """
+        means = {name: average(losses) for name, losses in seen.items() if losses}
+        return {name: mean for name, mean in means.items() if mean.samples}
+
+    def share(self, own: int, total: int) -> float | None:
+        """Returns what this rank's loss is to be multiplied by; None for no backward pass."""
+        return 1.0 if own else None
+
+    def sum(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
+        """Sums one gradient over the ranks that reduce nothing themselves."""
+        return gradients
+
+    def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
+        """Makes sure that the ranks' gradients are one where that is their business."""
+        if (ranks := all_ranks()) is not None and not is_sharded(_given(gradients)):
+            _compare(norm(gradients), ranks, of, remedy)
+
+
+class ReducingRanks(Ranks):
+    """Ranks whose gradients arrive averaged, because DDP or FSDP2 reduces them."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self._device = _device_of(group, device)
+
+    def agree(self, seen: Mapping[str, Sequence[Loss]]) -> dict[str, Loss]:
+        """Averages as one process does; a task that some rank did not bring at all is an error."""
+        means, lacking = _agree(seen, self.group, self._device)
+        for name in means:
+            if lacking[name]:
+                raise ValueError(
+                    f"`losses` must bring task {name!r} on every rank or on none, got None on "
+                    f"{lacking[name]} ranks: the backward passes of the ranks would not match. On "
+                    "a rank without labels return `(outputs.sum() * 0, 0)`."
+                )
+        return means
+
+    def share(self, own: int, total: int) -> float:
+        """The mean over ranks becomes the mean over samples; every rank takes the pass."""
+        return own * dist.get_world_size(self.group) / total
+
+    def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
+        """Shards are each rank's own."""
+        if not is_sharded(_given(gradients)):
+            _compare(norm(gradients), self.group, of, remedy)
+
+
+class SummingRanks(Ranks):
+    """Ranks of a model that nothing wraps, whose gradients are summed here."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self._device = _device_of(group, device)
+
+    @property
+    def each_batch(self) -> Ranks:
+        """Nobody: the ranks may hold different numbers of micro-batches."""
+        return ALONE
+
+    @property
+    def at_the_end(self) -> Ranks:
+        """All of them."""
+        return self
+
+    def agree(self, seen: Mapping[str, Sequence[Loss]]) -> dict[str, Loss]:
+        """Averages as one process does; a task may be absent on some of the ranks."""
+        return _agree(seen, self.group, self._device)[0]
+
+    def share(self, own: int, total: int) -> float | None:
+        """The sum over ranks becomes the mean over samples."""
+        return own / total if own else None
+
+    def sum(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
+        """Sums in flat buckets of one dtype what some rank has; None where no rank has any."""
+        has = torch.tensor([g is not None for g in gradients], dtype=torch.int32)
+        has = has.to(self._device)
+        dist.all_reduce(has, group=self.group)
+        sums: Gradients = [None] * len(gradients)
+        for bucket in _buckets([i for i, count in enumerate(has.tolist()) if count], parameters):
+            parts = []
+            for i in bucket:
+                gradient = gradients[i]
+                dense = torch.zeros_like(parameters[i]) if gradient is None else gradient
+                parts.append((dense.to_dense() if dense.is_sparse else dense).reshape(-1))
+            flat = torch.cat(parts)
+            dist.all_reduce(flat, group=self.group)
+            for i, part in zip(bucket, flat.split([p.numel() for p in parts]), strict=True):
+                sums[i] = part.view_as(parameters[i])
+        return sums
+
+    def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
+        """They have been summed."""
+
+
+ALONE = Ranks()
+
+
+def choose_ranks(
+    parameters: Iterable[Tensor], group: dist.ProcessGroup | None, reduced: bool
+) -> Ranks:
+    """Returns who averages together.
+
+    Args:
+        parameters: The optimizer's; of shards the gradients arrive averaged.
+        group: The ranks that the user named, or None.
+        reduced: Whether the model's wrapper reduces the gradients of every backward pass.
+    """
+    every = all_ranks()
+    if group is None and every is None:
+        return ALONE
+    listed = list(parameters)
+    device = next((parameter.device for parameter in listed), torch.device("cpu"))
+    if reduced or is_sharded(listed):
+        ranks = every if group is None else group
+        return ALONE if ranks is None else ReducingRanks(ranks, device)
+    return ALONE if group is None else SummingRanks(group, device)
 
 
 def all_ranks() -> dist.ProcessGroup | None:
@@ -28,39 +160,47 @@ def all_ranks() -> dist.ProcessGroup | None:
     return None
 
 
-def is_sharded(parameters: Sequence[Tensor]) -> bool:
-    """Whether the ranks hold shards of the parameters (FSDP2), whose gradients arrive summed."""
-    return any(hasattr(parameter, "to_local") for parameter in parameters)
+def broadcast_parameters(parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Gives every rank the parameters of the group's first rank, as DDP does; shards are apart."""
+    if group is None or is_sharded(parameters):
+        return
+    source = dist.get_global_rank(group, 0)
+    with torch.no_grad():
+        for parameter in parameters:
+            dist.broadcast(parameter.detach(), source, group=group)
 
 
-def sum_over_shards(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Sums what each rank computed from its shards, in place; without shards it is the sum."""
-    sharded: Any = next((p for p in parameters if hasattr(p, "to_local")), None)
-    for dimension, placement in enumerate(sharded.placements if sharded is not None else ()):
-        if placement.is_shard():
-            dist.all_reduce(values, group=sharded.device_mesh.get_group(dimension))
-    return values
+def _given(gradients: Gradients) -> list[Tensor]:
+    return [gradient for gradient in gradients if gradient is not None]
 
 
-def norm_over_shards(norms: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """Returns the Euclidean norm of a gradient from those of its tensors."""
-    if is_sharded(parameters):
-        own = torch.stack([n.to_local() if hasattr(n, "to_local") else n for n in norms])
-        total = sum_over_shards(own.square().sum(), parameters).sqrt()
-    else:
-        total = torch.stack(list(norms)).norm()
-    return total
+def _device_of(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Where small tensors travel from: NCCL takes them from the parameters' device alone."""
+    return device if "nccl" in dist.get_backend(group) else torch.device("cpu")
 
 
-def share(samples: int, total: int, ranks: dist.ProcessGroup | None) -> float:
-    """A rank's weight, such that the mean over ranks is the mean over samples."""
-    return 1.0 if ranks is None else samples * dist.get_world_size(ranks) / total
+def _agree(
+    seen: Mapping[str, Sequence[Loss]], group: dist.ProcessGroup, device: torch.device
+) -> tuple[dict[str, Loss], dict[str, int]]:
+    """Averages over batches and ranks; says too on how many ranks each task was not brought."""
+    like = next((loss.value for losses in seen.values() for loss in losses), torch.zeros(()))
+    totals = torch.zeros(3, len(seen), dtype=torch.float64, device=device)
+    for i, losses in enumerate(seen.values()):
+        for loss in losses:
+            if loss.samples:
+                totals[0, i] += loss.value.detach().to(totals) * loss.samples
+        totals[1, i] = sum(loss.samples for loss in losses)
+        totals[2, i] = not losses
+    dist.all_reduce(totals, group=group)
+    counts, lacking = ([round(n) for n in row] for row in totals[1:].tolist())
+    values = (totals[0] / totals[1]).to(like).unbind()
+    means = {n: Loss(v, c) for n, v, c in zip(seen, values, counts, strict=True) if c}
+    return means, dict(zip(seen, lacking, strict=True))
 
 
-def check_reduced(norm: Tensor, ranks: dist.ProcessGroup, of: str, remedy: str) -> None:
-    """Makes sure that the ranks' gradients are one."""
-    norm = norm.double()
-    extremes = torch.stack([norm, -norm])
+def _compare(size: Tensor, ranks: dist.ProcessGroup, of: str, remedy: str) -> None:
+    size = size.to(_device_of(ranks, size.device)).double()
+    extremes = torch.stack([size, -size])
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks)
     largest, smallest = extremes.tolist()
     if math.isfinite(largest) and largest != -smallest:
@@ -69,80 +209,6 @@ def check_reduced(norm: Tensor, ranks: dist.ProcessGroup, of: str, remedy: str) 
             f"{largest}: {remedy} Where each rank trains a model of its own, give it a "
             "`process_group` of its own."
         )
-
-
-def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sums a small tensor over the ranks, in place; without a group it is its own sum."""
-    if group is not None:
-        dist.all_reduce(values, group=group)
-    return values
-
-
-def agree(
-    seen: Mapping[str, Sequence[Loss]],
-    group: dist.ProcessGroup | None,
-    on_every_rank: bool = False,
-) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Adds up the tasks' counts and averages their losses, over batches and ranks.
-
-    Args:
-        seen: Each task's losses on this rank; those with a count of 0 count for nothing.
-        group: The ranks, or None for this process alone.
-        on_every_rank: Whether each rank must have brought a present task, if with a count of 0.
-
-    Returns:
-        The counts by name, and the averages of the tasks present.
-    """
-    counts = {name: sum(loss.samples for loss in losses) for name, losses in seen.items()}
-    if group is None:
-        return counts, {name: mean(losses) for name, losses in seen.items() if counts[name]}
-    like = next((loss.value for losses in seen.values() for loss in losses), torch.zeros(()))
-    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
-    totals = torch.zeros(3, len(seen), dtype=torch.float64, device=device)
-    for i, (name, losses) in enumerate(seen.items()):
-        for loss in losses:
-            if loss.samples:
-                totals[0, i] += loss.value.detach().to(totals) * loss.samples
-        totals[1, i] = counts[name]
-        totals[2, i] = not losses
-    sums, all_counts, lacking = sum_over_ranks(totals, group)
-    counts = dict(zip(seen, map(int, all_counts.tolist()), strict=True))
-    for name, ranks in zip(seen, lacking.tolist(), strict=True):
-        if on_every_rank and counts[name] and ranks:
-            raise ValueError(
-                f"`losses` must bring task {name!r} on every rank or on none, got None on "
-                f"{ranks:.0f} ranks: the backward passes of the ranks would not match. On a "
-                "rank without labels return `(outputs.sum() * 0, 0)`."
-            )
-    averages = zip(seen, (sums / all_counts).to(like), strict=True)
-    return counts, {name: average for name, average in averages if counts[name]}
-
-
-def sum_gradients(
-    gradients: Sequence[Tensor | None],
-    parameters: Sequence[Tensor],
-    group: dist.ProcessGroup,
-) -> list[Tensor | None]:
-    """Sums one gradient over the ranks; None where no rank has one.
-
-    Gradients travel in flat buckets of one dtype, and only those that some rank has.
-    """
-    has = torch.tensor([g is not None for g in gradients], dtype=torch.int32)
-    reached = sum_over_ranks(has.to(parameters[0].device), group).tolist()
-    sums: list[Tensor | None] = [None] * len(gradients)
-    for bucket in _buckets([i for i, count in enumerate(reached) if count], parameters):
-        parts = []
-        for i in bucket:
-            gradient = gradients[i]
-            dense = torch.zeros_like(parameters[i]) if gradient is None else gradient
-            if dense.is_sparse:
-                dense = dense.to_dense()
-            parts.append(dense.reshape(-1))
-        flat = torch.cat(parts)
-        dist.all_reduce(flat, group=group)
-        for i, part in zip(bucket, torch.split(flat, [p.numel() for p in parts]), strict=True):
-            sums[i] = part.view_as(parameters[i])
-    return sums
 
 
 def _buckets(indices: list[int], parameters: Sequence[Tensor]) -> list[list[int]]:

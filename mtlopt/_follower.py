@@ -1,5 +1,6 @@
 """Follower: how one task's hyper-parameters follow those of the control panel."""
 
+from collections.abc import Iterable, Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -80,10 +81,17 @@ class Follower:
     changes during a step (a counter that it keeps in its groups) is not one.
     """
 
-    def __init__(self, own: Optimizer, panel: Groups, overrides: list[list[str]] | None = None):
+    def __init__(
+        self,
+        own: Optimizer,
+        panel: Groups,
+        overrides: list[list[str]] | None = None,
+        pins: list[list[str]] | None = None,
+    ) -> None:
         self.own = own
-        overrides = overrides or []
-        self._overrides = [set(keys) for keys in overrides + [[]] * (len(panel) - len(overrides))]
+        self._overrides = _as_sets(overrides, len(panel))
+        self._pins = _as_sets(pins, len(panel))
+        self._parameters = [list(group["params"]) for group in panel]
         self._keys = [
             [key for key in group if key in own.defaults and key in source]
             for group, source in zip(own.param_groups, panel, strict=True)
@@ -95,6 +103,25 @@ class Follower:
     def overrides(self) -> list[list[str]]:
         """Names of the overridden hyper-parameters of each group."""
         return [sorted(keys) for keys in self._overrides]
+
+    @property
+    def pins(self) -> list[list[str]]:
+        """Names of the overridden hyper-parameters that no value makes follow again."""
+        return [sorted(keys) for keys in self._pins]
+
+    def pin(self, keys: Iterable[str], panel: Groups) -> None:
+        """Keeps hyper-parameters at their present values."""
+        self.follow(panel)
+        wanted = set(keys)
+        known = set().union(*self._keys)
+        if not wanted <= known:
+            raise ValueError(
+                f"`names` must be among the hyper-parameters {sorted(known)}, "
+                f"got {sorted(wanted - known)}."
+            )
+        for i, own in enumerate(self._keys):
+            self._pins[i] |= (wanted or known) & set(own)
+            self._overrides[i] |= self._pins[i]
 
     def accept(self) -> None:
         """Takes the task's present values for given, after the optimizer wrote to them."""
@@ -110,10 +137,30 @@ class Follower:
                 f"got {len(self.own.param_groups)}: add groups to the panel, for all tasks."
             )
         for i, (source, own) in enumerate(zip(panel, self.own.param_groups, strict=True)):
+            if not _same(source["params"], self._parameters[i]):
+                self._replace(i, source["params"], own)
             if "initial_lr" in own:  # A scheduler is attached to this task alone.
                 self._overrides[i].add("lr")
             if not (self._given[i].holds(own) and self._panel[i].holds(source)):
                 self._follow_group(i, source, own)
+
+    def _replace(self, i: int, parameters: Sequence[Tensor], own: dict[str, Any]) -> None:
+        """Follows parameters that something has put in the place of the panel's, one by one."""
+        before = self._parameters[i]
+        if len(parameters) != len(before):
+            raise ValueError(
+                f"Parameter group {i} must keep its {len(before)} parameters, if each replaced by "
+                f"another, got {len(parameters)}: add parameters with `add_param_group`."
+            )
+        swapped = {
+            id(old): new for old, new in zip(before, parameters, strict=True) if new is not old
+        }
+        # In place: LBFGS holds on to the list.
+        own["params"][:] = [swapped.get(id(old), old) for old in own["params"]]
+        for old in before:
+            if id(old) in swapped:
+                self.own.state.pop(old, None)
+        self._parameters[i] = list(parameters)
 
     def _follow_group(self, i: int, source: dict[str, Any], own: dict[str, Any]) -> None:
         given, seen = self._given[i].marks, self._panel[i].marks
@@ -121,7 +168,7 @@ class Follower:
             if (mark := fingerprint(own[key])) != given[key]:
                 # Set to the panel's value it follows again: torch's checkpointing sets the
                 # learning rate to 0 for a moment.
-                follows = mark == fingerprint(source[key])
+                follows = mark == fingerprint(source[key]) and key not in self._pins[i]
                 (self._overrides[i].discard if follows else self._overrides[i].add)(key)
             if key not in self._overrides[i] and fingerprint(source[key]) != seen[key]:
                 _give(own, key, source[key])
@@ -136,7 +183,17 @@ class Follower:
             for key in self._overrides[i]:
                 _give(own, key, source[key])
             self._overrides[i].clear()
+            self._pins[i].clear()
         self.accept()
+
+
+def _as_sets(keys: list[list[str]] | None, count: int) -> list[set[str]]:
+    given = keys or []
+    return [set(names) for names in given + [[]] * (count - len(given))]
+
+
+def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(is_, first, second))
 
 
 def _give(own: dict[str, Any], key: str, value: Any) -> None:

@@ -1,144 +1,23 @@
-"""Per-task gradients as lists beside the parameters; None where a task does not reach one."""
+"""Arithmetic on per-task gradients: lists beside the parameters, None where one is not reached."""
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from mtlopt._shards import Spread, is_sharded, local, spread, sum_over_shards
 
 Gradients: TypeAlias = list[Tensor | None]
 BLOCK = 2**20
 """Numbers that a processor takes at once, of all tasks together: they fit its cache."""
 CHUNK = 2**12
 """Numbers per task that one product sums, so that a processor's cores share a long sum."""
-
-
-def check_parameters(argument: str, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the parameters as a list, or says what was given in their place."""
-    given: object = parameters
-    if not isinstance(given, (Tensor, Mapping)) and isinstance(given, Iterable):
-        listed = list(given)
-        if all(isinstance(item, Tensor) for item in listed):
-            return listed
-    raise TypeError(
-        f"`{argument}` must be an iterable of parameters, such as `layer.parameters()`, "
-        f"got a {type(given).__name__}."
-    )
-
-
-def differentiate(
-    losses: Sequence[Tensor], parameters: Sequence[Tensor], alone: bool = False
-) -> Iterator[Gradients]:
-    """Yields each loss's gradient, from one shared graph; leaves `.grad` as it was.
-
-    Args:
-        losses: T scalars with a graph.
-        parameters: P leaf tensors.
-        alone: Whether other leaves are to be left without a gradient.
-
-    Yields:
-        T lists of P gradients, none of which shares its memory with another tensor.
-    """
-    earlier = take(parameters)
-    last = len(losses) - 1
-    try:
-        for position, loss in enumerate(losses):
-            # Not torch.autograd.grad, whose results may share memory, and which passes FSDP by.
-            inputs = list(parameters) if alone else None
-            backward(loss, parameters, retain_graph=position < last, inputs=inputs)
-            yield take(parameters)
-    finally:
-        put(parameters, earlier)
-
-
-def backward(
-    loss: Tensor,
-    parameters: Iterable[Tensor],
-    retain_graph: bool = False,
-    inputs: list[Tensor] | None = None,
-) -> None:
-    """Adds the loss's gradient to `.grad` of the parameters that it reaches, and of no others."""
-    compiled = _is_compiled(loss)
-    without = [p for p in parameters if p.grad is None] if compiled else []
-    try:
-        loss.backward(retain_graph=retain_graph, inputs=inputs)
-    except RuntimeError as error:
-        explain(error)
-        raise
-    # A compiled graph gives zeros to the parameters of outputs that the loss does not depend on.
-    given = [parameter for parameter in without if parameter.grad is not None]
-    if given:
-        sizes = torch.stack(norms([parameter.grad for parameter in given])).tolist()
-        for parameter, size in zip(given, sizes, strict=True):
-            if size == 0:
-                parameter.grad = None
-
-
-def partial(loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
-    """Takes a gradient by the passes that these parameters need; keeps the graph.
-
-    The results may share their memory.
-    """
-    try:
-        return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
-    except RuntimeError as error:
-        explain(error)
-        raise
-
-
-def explain(error: RuntimeError) -> None:
-    """Says what to do where torch refused a second backward pass through a graph."""
-    if "backward through the graph a second time" in str(error):
-        raise RuntimeError(
-            "A loss shares a graph with one whose backward pass has been taken. The forward pass "
-            "belongs inside `losses(tasks, *batch)`, which is called anew for every gradient that "
-            "needs one; ready losses are good for one step; what is carried over from an earlier "
-            "batch must be detached."
-        ) from error
-    if "marked ready only once" in str(error) or "marked as ready twice" in str(error):
-        raise RuntimeError(
-            "A model wrapped in DistributedDataParallel takes one backward pass per forward pass. "
-            "A method that combines the tasks' gradients takes several: it wants the bare model, "
-            "and `process_group=`."
-        ) from error
-    if "donated" in str(error):
-        raise RuntimeError(
-            "A compiled model takes one backward pass per forward pass: choose "
-            "`forwards='per-task'`, or set torch._functorch.config.donated_buffer = False before "
-            "it is compiled."
-        ) from error
-
-
-def _is_compiled(loss: Tensor) -> bool:
-    # Where torch has compiled nothing, which costs no more to know than this, no graph is searched.
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    if dynamo is None or not dynamo.counters["aot_autograd"]:
-        return False
-    todo, seen = [loss.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        if "CompiledFunction" in node.name():
-            return True
-        seen.add(node)
-        todo += [following for following, _ in node.next_functions]
-    return False
-
-
-def take(parameters: Sequence[Tensor]) -> Gradients:
-    """Moves the gradients out of `.grad`."""
-    gradients = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    return gradients
-
-
-def put(parameters: Sequence[Tensor], gradients: Gradients) -> None:
-    """Sets `.grad`."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+NO_FLOAT64 = ("mps",)
+"""Types of device that have none."""
+SMALLEST_SQUARE = 1e-25
+"""Squared norm below which products of float32 may have lost digits to underflow."""
 
 
 def add(first: Gradients, second: Gradients) -> Gradients:
@@ -156,14 +35,20 @@ def scaled(gradients: Gradients, factor: float) -> Gradients:
     return [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
 
 
-def norms(gradients: Gradients) -> list[Tensor]:
-    """Returns the Euclidean norm of each tensor that is there, in one pass over them."""
-    dense = [
-        gradient.coalesce().values() if gradient.is_sparse else gradient
-        for gradient in gradients
-        if gradient is not None
-    ]
-    return list(torch._foreach_norm(dense)) if dense else []
+def norm(gradients: Gradients) -> Tensor:
+    """Returns the Euclidean norm of a gradient, in one pass over it; 0 of nothing."""
+    given = [g for g in gradients if g is not None]
+    dense = [local(g.coalesce().values() if g.is_sparse else g) for g in given]
+    if not dense:
+        return torch.zeros(())
+    norms = torch._foreach_norm(dense)
+    if not is_sharded(given):
+        total: Tensor = torch.stack([n.to(norms[0]) for n in norms]).norm()
+        return total
+    squares: dict[Spread, list[Tensor]] = {}
+    for gradient, own in zip(given, norms, strict=True):
+        squares.setdefault(spread(gradient), []).append(own.square())
+    return sum_over_shards({c: torch.stack(q).sum() for c, q in squares.items()}).sqrt()
 
 
 def reach(gradients: Sequence[Gradients]) -> list[tuple[int, ...]]:
@@ -174,30 +59,31 @@ def reach(gradients: Sequence[Gradients]) -> list[tuple[int, ...]]:
     ]
 
 
-def gram(gradients: Sequence[Gradients]) -> Tensor:
+def gram(gradients: Sequence[Gradients], shared: bool = True) -> Tensor:
     """Returns the inner products of the tasks' gradients over the parameters that they share.
 
     Shared is what at least two of the tasks reach; a task that does not reach it counts as zero
-    there. The gradients are read once, block by block, and never flattened into one vector.
+    there. The gradients are read once, block by block, and never flattened into one vector; once
+    more, in float64, where a norm is so large or so small that squares of float32 leave its range.
 
     Args:
         gradients: T gradients of P tensors, dense or sparse.
+        shared: Whether to leave out the parameters that one task alone reaches.
 
     Returns:
-        (T, T) in float64, on the gradients' device; sums of float32 products, or of float64 ones.
+        (T, T) in float64, on the CPU; the one copy from the device.
     """
-    products: dict[tuple[int, ...], Tensor] = {}
-    for tasks, column in zip(reach(gradients), zip(*gradients, strict=True), strict=True):
-        if len(tasks) < 2:
-            continue
-        for block in _blocks([g for g in column if g is not None]):
-            product = _inner_products(torch.stack(block))
-            products[tasks] = products[tasks] + product if tasks in products else product
-    device = next((p.device for p in products.values()), torch.device("cpu"))
-    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
-    for tasks, product in products.items():
-        index = torch.tensor(tasks, device=device)
-        total[index[:, None], index] += product.to(device)
+    columns = [
+        (tasks, [g for g in column if g is not None])
+        for tasks, column in zip(reach(gradients), zip(*gradients, strict=True), strict=True)
+        if len(tasks) > (1 if shared else 0)
+    ]
+    with _full_precision():
+        total = _products(columns, len(gradients), torch.float32)
+        squares = total.diagonal()
+        within = squares.isfinite() & (squares >= SMALLEST_SQUARE)
+        if not within.all() and any(g.dtype != torch.float64 for _, c in columns for g in c):
+            total = _products(columns, len(gradients), torch.float64)
     return total
 
 
@@ -205,8 +91,8 @@ def combine(gradients: Sequence[Gradients], coefficients: Sequence[float]) -> Gr
     """Sums the gradients, weighted where they are shared and plainly elsewhere.
 
     Args:
-        gradients: T gradients of P tensors; the memory of the first that reaches a parameter is
-            written over and returned.
+        gradients: T gradients of P tensors; their memory is written over, and that of the first
+            that reaches a parameter returned.
         coefficients: T numbers, for the parameters that at least two of the tasks reach.
 
     Returns:
@@ -222,23 +108,26 @@ def combine(gradients: Sequence[Gradients], coefficients: Sequence[float]) -> Gr
                 continue
             if total is None:
                 combined[position] = part
-                firsts += [part] if shared[position] else []
+                firsts += [local(part)] if shared[position] else []
                 continue
             if total.is_sparse and not part.is_sparse:
                 combined[position] = total = total.to_dense()
-            totals.append(total)
-            terms.append(part)
+            totals.append(local(total))
+            terms.append(local(part))
+        *before, last = _factors(coefficient)
+        for factor in before:
+            torch._foreach_mul_(firsts + terms, factor)
         if firsts:
-            torch._foreach_mul_(firsts, coefficient)
+            torch._foreach_mul_(firsts, last)
         if terms:
-            torch._foreach_add_(totals, terms, alpha=coefficient)
+            torch._foreach_add_(totals, terms, alpha=last)
     return combined
 
 
 def cosines(gram: Tensor) -> Tensor:
     """Returns the (T, T) cosines from the inner products; 0 beside a zero gradient."""
     norms = gram.diagonal().sqrt()
-    return (gram / (norms[:, None] * norms)).nan_to_num(nan=0.0)
+    return (gram / norms[:, None] / norms).nan_to_num(nan=0.0)
 
 
 def conflict_fraction(gram: Tensor) -> Tensor:
@@ -247,15 +136,59 @@ def conflict_fraction(gram: Tensor) -> Tensor:
     return (gram < 0).triu(1).sum() / max(pairs, 1)
 
 
-def _inner_products(rows: Tensor) -> Tensor:
-    """Multiplies the rows of a (T, n) matrix by one another."""
-    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+def _factors(coefficient: float) -> list[float]:
+    """Splits a number that float32 may not hold; its product with a gradient can be in range."""
+    if coefficient == 0 or not (abs(coefficient) > 1e30 or abs(coefficient) < 1e-30):
+        return [coefficient]
+    root: float = abs(coefficient) ** 0.5
+    return [root, root if coefficient > 0 else -root]
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Keeps the user's choice of a fast, rough matrix product (TF32) out of the inner products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _products(
+    columns: Sequence[tuple[tuple[int, ...], list[Tensor]]], count: int, dtype: torch.dtype
+) -> Tensor:
+    """Sums the inner products over the columns, kept apart by who shares them and how they lie."""
+    sums: dict[tuple[tuple[int, ...], Spread], Tensor] = {}
+    for tasks, column in columns:
+        key = tasks, spread(column[0])
+        for block in _blocks([local(gradient) for gradient in column]):
+            product = _inner_products(torch.stack(block), dtype)
+            sums[key] = sums[key] + product if key in sums else product
+    totals: dict[Spread, Tensor] = {}
+    for (tasks, cut), product in sums.items():
+        index = torch.tensor(tasks, device=product.device)
+        zeros = product.new_zeros(count, count)
+        zeros[index[:, None], index] = product
+        totals[cut] = totals[cut] + zeros.to(totals[cut]) if cut in totals else zeros
+    if not totals:
+        return torch.zeros(count, count, dtype=torch.float64)
+    return sum_over_shards(totals).cpu().double()
+
+
+def _inner_products(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplies the rows of a (T, n) matrix by one another, in `dtype` or a wider one."""
+    wide = torch.float64
+    if rows.device.type in NO_FLOAT64:
+        rows = rows.cpu() if dtype == wide else rows
+        wide = dtype
+    rows = rows.to(torch.promote_types(rows.dtype, dtype))
     # Inside a caller's autocast the products would be of half precision.
     with torch.autocast(rows.device.type, enabled=False):
         if rows.shape[1] % CHUNK:
-            return (rows @ rows.mT.conj()).real.double()
+            return (rows @ rows.mT.conj()).real.to(wide)
         chunks = rows.reshape(len(rows), rows.shape[1] // CHUNK, CHUNK).transpose(0, 1)
-        return (chunks @ chunks.mT.conj()).real.double().sum(0)
+        return (chunks @ chunks.mT.conj()).real.to(wide).sum(0)
 
 
 def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
@@ -263,8 +196,6 @@ def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
     A block fits a processor's cache; a device takes the vectors whole.
     """
-    # Of a sharded gradient this rank's part.
-    parts = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
     if any(part.is_sparse for part in parts):
         parts = [part.to_dense() for part in parts]
     elif len({part.stride() for part in parts}) == 1:

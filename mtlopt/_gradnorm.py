@@ -1,6 +1,6 @@
 """GradNorm: loss weights that balance the tasks' training rates (Chen et al., 2018)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,40 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt import _gradients
-from mtlopt._collect import Forwards
-from mtlopt._combining import Batches, CombiningOptimizer, as_it_arrives
-from mtlopt._distributed import is_sharded, norm_over_shards
-from mtlopt._losses import LossesFunction, ReadyLosses, Task, evaluate, names_of, sum_tensors
+from mtlopt._balance import Balance, Seen
+from mtlopt._base import Common
+from mtlopt._collect import Forwards, ask
+from mtlopt._combining import Batches, CombiningOptimizer
+from mtlopt._distributed import ALONE
+from mtlopt._gradients import Gradients, add, norm
+from mtlopt._losses import Question, Task, check_parameters, names_of, sum_tensors
+from mtlopt._passes import backward, partial, put
 
-SMALLEST_WEIGHT = 1e-3
-
-
-def weight_gradients(
-    weights: Tensor, norms: Tensor, ratios: Tensor, alpha: float
-) -> tuple[Tensor, Tensor]:
-    r"""Differentiates GradNorm's loss with respect to the weights, the targets held constant.
-
-    .. math:: L_\text{grad} = \sum_i \lvert G_i - \bar G r_i^\alpha \rvert, \quad
-              G_i = w_i \lVert \nabla_W L_i \rVert_2, \quad
-              \frac{\partial L_\text{grad}}{\partial w_i}
-              = \operatorname{sign}(G_i - \bar G r_i^\alpha) \lVert \nabla_W L_i \rVert_2
-
-    No second-order graph is needed: :math:`G_i` is linear in :math:`w_i`.
-
-    Args:
-        weights: (T,) positive loss weights :math:`w_i`.
-        norms: (T,) norms of the unweighted losses' gradients over the shared parameters.
-        ratios: (T,) each loss divided by its initial value.
-        alpha: Strength of the balance :math:`\alpha`; 0 makes all gradients equally large.
-
-    Returns:
-        (T,) derivatives and (T,) relative inverse training rates :math:`r_i`, whose mean is 1.
-    """
-    rates = ratios / ratios.mean()
-    weighted = weights * norms
-    targets = weighted.mean() * rates**alpha
-    return torch.sign(weighted - targets) * norms, rates
+MARK = "_mtlopt_pending"
 
 
 class GradNorm(CombiningOptimizer):
@@ -104,26 +80,16 @@ class GradNorm(CombiningOptimizer):
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
-            optimizer,
-            tasks,
-            forwards=forwards,
-            scaler=scaler,
-            check_finite=check_finite,
-            process_group=process_group,
-        )
+        super().__init__(optimizer, tasks, forwards, Common(scaler, check_finite, process_group))
         self._refuse_closures()
-        self.shared = _gradients.check_parameters("shared", shared)
+        self.shared = check_parameters("shared", shared)
         self.alpha, self.weight_lr = alpha, weight_lr
         self._check_options(initial_losses or {})
-        first = [(initial_losses or {}).get(task, float("nan")) for task in self.tasks]
-        self._initial = torch.tensor(first, dtype=torch.float32, device=self.shared[0].device)
-        self._set_weights(torch.ones_like(self._initial))
-        self._pending: dict[Task, _Seen] = {}
-        self._last: dict[Task, tuple[Tensor, Tensor]] = {}
+        self._balance = Balance(self.tasks, alpha, weight_lr, initial_losses or {})
+        self._pending: dict[Task, _Pending] = {}
 
     def _check_options(self, initial_losses: Mapping[Task, float]) -> None:
-        own = {id(parameter) for parameter in self._parameters}
+        own = {id(parameter) for parameter in self._parameters if parameter.requires_grad}
         if not self.shared or not all(id(parameter) in own for parameter in self.shared):
             raise ValueError(
                 "`shared` must hold at least one parameter, all among the optimizer's that "
@@ -138,162 +104,174 @@ class GradNorm(CombiningOptimizer):
                     f"{list(self.tasks)}, got {loss} for {task!r}."
                 )
 
-    def _set_weights(self, weights: Tensor) -> None:
-        # A tensor each, so that Adam leaves the weight and the moments of an absent task alone.
-        self._weights = [weight.detach().clone() for weight in weights]
-        self._adam = torch.optim.Adam(self._weights, lr=self.weight_lr)
-        for w in self._weights:  # There from the start: torch.distributed loads what it finds.
-            zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
-            self._adam.state[w] = {"step": torch.zeros(()), **zeros}
-
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns the state of the balance, NaN for a task that was absent from the last step.
 
         Returns:
             ``weights`` (T,), the ones to be used next; ``norms`` (T,), :math:`G_i` of the weighted
-            gradients over `shared`; ``rates`` (T,), :math:`r_i`, mean 1, larger if slower.
+            gradients over `shared`; ``rates`` (T,), :math:`r_i`, mean 1, larger if slower;
+            ``skipped``, whether the weights stayed as they were because a norm or a loss was not
+            finite. All on the CPU.
         """
-        nan = torch.full_like(self._initial[0], float("nan"))
-        last = [self._last.get(task, (nan, nan)) for task in self.tasks]
+        balance, nan = self._balance, torch.tensor(float("nan"))
+        last = [balance.rates.get(task, (nan, nan)) for task in self.tasks]
         return {
-            "weights": torch.stack(self._weights),
+            "weights": torch.stack(list(balance.weights.values())),
             "norms": torch.stack([norm for norm, _ in last]),
             "rates": torch.stack([rate for _, rate in last]),
+            "skipped": torch.tensor(balance.skipped),
         }
 
-    def _cleared(self) -> None:
-        super()._cleared()
-        self._pending.clear()
-
     def _add_gradient(
-        self,
-        losses: LossesFunction | ReadyLosses,
-        batches: Batches,
-        scale: Callable[[Tensor], Tensor],
+        self, question: Question, batches: Batches, arrived: bool
     ) -> dict[str, Tensor]:
-        single = len(batches) == 1 and self.forwards == "joint" and self.process_group is None
-        add = self._add_at_once if single and not is_sharded(self.shared) else self._add_collected
-        values = add(losses, batches, scale)
-        # The weights learn from what is not scaled; losses of the imperative form arrive scaled.
-        unit = self._scale(torch.ones_like(self._initial[0]))
-        for task, total in self._by_task(values).items():
-            seen = self._pending[task]
-            seen.losses.append(total / unit if scale is as_it_arrives else total)
-            seen.unit = unit
+        if self._is_cleared():
+            self._pending.clear()
+        single = len(batches) == 1 and (self.forwards == "joint" or not question.is_function)
+        at_once = single and self._ranks is ALONE
+        add_gradient = self._add_at_once if at_once else self._add_collected
+        values = add_gradient(question, batches, arrived)
+        if (gradient := self.shared[0].grad) is not None:
+            setattr(gradient, MARK, gradient._version)
         return values
 
-    def _seen_gradients(self) -> _gradients.Gradients:
-        # DDP does not reduce those that the weights learn from.
-        return super()._seen_gradients() + [g for s in self._pending.values() for g in s.gradient]
+    def _is_cleared(self) -> bool:
+        """Whether the gradient that what is pending belongs to has gone from `.grad`."""
+        gradient = self.shared[0].grad
+        if gradient is None or not hasattr(gradient, MARK):
+            return True
+        return getattr(gradient, MARK) != gradient._version and not gradient.any()
 
-    def _by_task(self, values: Mapping[str, Tensor]) -> dict[Task, Tensor]:
-        """Sums the losses of each present task, a group's over its names."""
-        own = {task: [values[n] for n in names_of(task) if n in values] for task in self.tasks}
-        return {task: sum_tensors(losses) for task, losses in own.items() if losses}
+    def _seen_gradients(self) -> Gradients:
+        # DDP does not reduce those that the weights learn from.
+        pending = [part for seen in self._pending.values() for part in seen.gradient]
+        return [*super()._seen_gradients(), *pending]
 
     def _add_at_once(
-        self,
-        losses: LossesFunction | ReadyLosses,
-        batches: Batches,
-        scale: Callable[[Tensor], Tensor],
+        self, question: Question, batches: Batches, arrived: bool
     ) -> dict[str, Tensor]:
         """One backward pass of the weighted sum; before it each task's, down to `shared` alone."""
-        found = evaluate(losses, names_of(*self.tasks), batches[0], self.check_finite)
-        present = {name: loss.value for name, loss in found.items() if loss.samples}
-        terms = self._by_task(present)
-        self._check_positive(terms)
-        for task, term in terms.items():
-            own = _gradients.partial(scale(term), self.shared)
-            # Copies, since results of autograd may share their memory.
-            self._remember(task, [None if part is None else part.clone() for part in own])
-        if terms:
-            weights = dict(zip(self.tasks, self._weights, strict=True))
-            weighted = [weights[task] * term for task, term in terms.items()]
-            _gradients.backward(scale(sum_tensors(weighted)), self._parameters)
-        return {name: value.detach() for name, value in present.items()}
-
-    def _add_collected(
-        self,
-        losses: LossesFunction | ReadyLosses,
-        batches: Batches,
-        scale: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        parameters = self._parameters
-        values, collected = self._collect(losses, batches, scale)
-        self._check_positive(self._by_task(values))
-        position = {id(parameter): i for i, parameter in enumerate(parameters)}
-        total = [parameter.grad for parameter in parameters]
-        for task, weight in zip(self.tasks, self._weights, strict=True):
-            if task in collected:
-                own = collected.pop(task)
-                self._remember(task, [own[position[id(parameter)]] for parameter in self.shared])
-                total = _gradients.add(total, [None if g is None else g * weight for g in own])
-        _gradients.put(parameters, total)
+        terms, means = ask(question, names_of(*self.tasks), batches[0], ALONE)
+        scale: Callable[[Tensor], Tensor] = _unchanged if arrived else self._scale
+        values = {name: mean.value for name, mean in means.items()}
+        weights = self._balance.weights
+        weighted = {
+            task: weights[task] * sum_tensors(own) for task, own in self._by_task(terms).items()
+        }
+        # Copies, since results of autograd may share their memory.
+        gradients = {
+            task: [g if g is None else g.clone() for g in partial(scale(total), self.shared)]
+            for task, total in weighted.items()
+        }
+        self._remember(gradients, values, arrived)
+        if weighted:
+            backward(scale(sum_tensors(list(weighted.values()))), self._parameters)
         return values
 
-    def _check_positive(self, losses: Mapping[Task, Tensor]) -> None:
-        values = torch.stack(list(losses.values())).tolist() if losses else []
-        for task, value in zip(losses, values, strict=True):
-            if value <= 0:
-                raise ValueError(
-                    f"The loss of task {task!r} must be positive for GradNorm, got {value}."
-                )
+    def _add_collected(
+        self, question: Question, batches: Batches, arrived: bool
+    ) -> dict[str, Tensor]:
+        parameters = self._parameters
+        weights = {
+            name: weight.item()
+            for task, weight in self._balance.weights.items()
+            for name in names_of(task)
+        }
+        values, gradients = self._collect(question, batches, arrived, weights)
+        position = {id(parameter): i for i, parameter in enumerate(parameters)}
+        places = [position[id(parameter)] for parameter in self.shared]
+        shared = {
+            task: [p if p is None else p.clone() for p in map(g.__getitem__, places)]
+            for task, g in gradients.items()
+        }
+        self._remember(shared, values, arrived)
+        total = [parameter.grad for parameter in parameters]
+        for task in list(gradients):
+            total = add(total, gradients.pop(task))
+        put(parameters, total)
+        return values
 
-    def _remember(self, task: Task, gradient: _gradients.Gradients) -> None:
-        if any(part is None for part in gradient):
+    def _by_task(self, values: Mapping[str, Tensor]) -> dict[Task, list[Tensor]]:
+        """The losses of each present task, a group's of its names."""
+        own = {task: [values[n] for n in names_of(task) if n in values] for task in self.tasks}
+        return {task: losses for task, losses in own.items() if losses}
+
+    def _remember(
+        self, gradients: Mapping[Task, Gradients], values: Mapping[str, Tensor], arrived: bool
+    ) -> None:
+        """Notes what the weights will learn from: numbers, in one copy from the device."""
+        if not gradients:
+            return
+        sums = {task: self._with_earlier(task, own) for task, own in gradients.items()}
+        # Scaled gradients, and in the imperative form scaled losses too.
+        unit = self._scale(torch.ones((), device=self._device))
+        norms = [norm([*gradient]) for gradient in sums.values()]
+        scale, *numbers = _numbers([unit, *norms, *values.values()])
+        found = dict(zip(values, numbers[len(norms) :], strict=True))
+        seen = {name: loss / scale if arrived else loss for name, loss in found.items()}
+        for task in sums:
+            total = sum(seen[name] for name in names_of(task) if name in seen)
+            if total <= 0:
+                raise ValueError(
+                    f"The loss of task {task!r} must be positive for GradNorm, got {total}."
+                )
+        for (task, gradient), size in zip(sums.items(), numbers, strict=False):
+            pending = self._pending.setdefault(task, _Pending())
+            pending.gradient, pending.norm = gradient, size / scale
+            for name in names_of(task):
+                if name in seen:
+                    pending.losses.setdefault(name, []).append(seen[name])
+
+    def _with_earlier(self, task: Task, gradient: Gradients) -> list[Tensor]:
+        """Adds what earlier calls of `backward` have left of a task."""
+        own = [part for part in gradient if part is not None]
+        if len(own) < len(gradient):
             raise ValueError(
-                f"`shared` must be reached by every task, got parameters that {task!r} does not."
+                f"`shared` must be reached by every task, got parameters that {task!r} does not "
+                "reach."
             )
-        seen = self._pending.setdefault(task, _Seen([None] * len(gradient)))
-        seen.gradient = _gradients.add(seen.gradient, gradient)
+        if task not in self._pending:
+            return own
+        return [a + b for a, b in zip(self._pending[task].gradient, own, strict=True)]
 
     def _stepped(self, skipped: Tensor | None) -> None:
-        pending, self._pending = self._pending, {}
+        pending = dict(self._pending)
+        self._pending.clear()
         if not pending or (skipped is not None and skipped):
             return
-        present = [k for k, task in enumerate(self.tasks) if task in pending]
-        seen = list(pending.values())
-        own = [norm_over_shards(_gradients.norms(s.gradient), self.shared) / s.unit for s in seen]
-        norms = torch.stack(own).to(self._initial)
-        losses = torch.stack([torch.stack(s.losses).mean() for s in seen]).to(self._initial)
-        first = self._initial[present]
-        self._initial[present] = first = torch.where(first.isnan(), losses, first)
-        weights = torch.stack([self._weights[k] for k in present])
-        slopes, rates = weight_gradients(weights, norms, losses / first, self.alpha)
-        for k, slope in zip(present, slopes, strict=True):
-            self._weights[k].grad = slope
-        self._adam.step()
-        self._adam.zero_grad()
-        moved = torch.stack([self._weights[k] for k in present]).clamp(min=SMALLEST_WEIGHT)
-        everyone = len(present) == len(self.tasks)
-        moved *= (len(present) if everyone else weights.sum()) / moved.sum()
-        for k, weight in zip(present, moved, strict=True):
-            self._weights[k].copy_(weight)
-        rows = zip(present, weights * norms, rates, strict=True)
-        self._last = {self.tasks[k]: (norm, rate) for k, norm, rate in rows}
+        self._balance.update({task: seen.seen() for task, seen in pending.items()})
 
     def _collect_state(self) -> dict[str, Any]:
         state = super()._collect_state()
-        state["mtlopt"] |= {
-            "weights": torch.stack(self._weights),
-            "weights_adam": self._adam.state_dict(),
-            "initial_losses": self._initial.clone(),
-        }
+        state["mtlopt"] |= self._balance.state_dict()
         return state
 
     def _restore_state(self, state_dict: dict[str, Any]) -> None:
         super()._restore_state(state_dict)
         if (saved := state_dict.get("mtlopt")) is not None:
-            self._set_weights(saved["weights"].to(self._initial))
-            self._adam.load_state_dict(saved["weights_adam"])
-            self._initial = saved["initial_losses"].to(self._initial, copy=True)
-            self._pending = {}
+            self._balance, self._pending = self._balance.loaded(saved), {}
 
 
 @dataclass
-class _Seen:
-    """What a step has seen of a task: its gradient over `shared`, summed, and its losses."""
+class _Pending:
+    """What awaits the step: a task's gradient over `shared`, its norm, its losses by name."""
 
-    gradient: _gradients.Gradients
-    losses: list[Tensor] = field(default_factory=list)
-    unit: Tensor = field(default_factory=lambda: torch.ones(()))
+    gradient: list[Tensor] = field(default_factory=list)
+    norm: float = 0.0
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def seen(self) -> Seen:
+        """The mean of each name's losses over the calls of `backward`."""
+        return Seen(self.norm, {name: sum(own) / len(own) for name, own in self.losses.items()})
+
+
+def _unchanged(loss: Tensor) -> Tensor:
+    return loss
+
+
+def _numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """Copies scalars to the host, all at once."""
+    device = tensors[0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    numbers: list[float] = torch.stack([t.to(device, dtype) for t in tensors]).tolist()
+    return numbers

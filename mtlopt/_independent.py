@@ -1,24 +1,35 @@
 """IndependentOptimizer: a step per task, each with its own optimizer state (eq. 3)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt import _gradients
+from mtlopt._base import Common
+from mtlopt._build import build, duplicate
 from mtlopt._collect import collect
-from mtlopt._losses import LossesFunction, ReadyLosses, Task, check_tasks, list_batches, names_of
+from mtlopt._distributed import broadcast_parameters, choose_ranks
+from mtlopt._losses import (
+    LossesFunction,
+    Question,
+    ReadyLosses,
+    Task,
+    check_tasks,
+    names_of,
+    refuse_keywords,
+)
 from mtlopt._panel import Panel
-from mtlopt._sequential import Order, refuse_closure
+from mtlopt._passes import put
+from mtlopt._sequential import Order, SequentialOptimizer, refuse_closure
 
 Schedule: TypeAlias = Literal["sequential", "simultaneous"]
 
 
-class IndependentOptimizer(Panel):
+class IndependentOptimizer(Panel, SequentialOptimizer):
     r"""Steps through the tasks in turn, each with its own optimizer and so its own state.
 
     For :math:`k = 1, \dots, T`:
@@ -30,13 +41,18 @@ class IndependentOptimizer(Panel):
     moments. T optimizers hold T times one optimizer's state for the parameters that all tasks
     reach; a parameter that task k does not reach gets no state in optimizer k.
 
+    ``IndependentOptimizer(optimizer, tasks)`` makes T optimizers of an instance's class, groups,
+    options and state; the instance itself is not used afterwards. ``IndependentOptimizer(
+    torch.optim.Adam, params, tasks, lr=1e-3)`` calls the class T times.
+
     ``param_groups`` is the control panel: a scheduler on it, or a value set in it, reaches every
     task before its next update. ``optimizer[task]`` is the task's own optimizer; what is set in
     its ``param_groups`` stays with that task until :meth:`reset_overrides`.
 
     Args:
-        optimizer_class: Class of optimizer, or a factory with the same call shape.
-        params: Parameters as torch takes them: tensors, groups or named parameters.
+        optimizer_class: An optimizer, or a class of optimizer, or a factory with the same call
+            shape.
+        params: With a class, parameters as torch takes them: tensors, groups or named parameters.
         tasks: Names of the tasks; a tuple of names is a group, one objective with one state.
         schedule: "sequential" is eq. 3; "simultaneous" takes all gradients at the same weights,
             from one forward pass (holding T gradients), then applies the T steps in turn.
@@ -50,8 +66,9 @@ class IndependentOptimizer(Panel):
 
     Raises:
         TypeError: If `optimizer_class` makes something other than a plain optimizer.
-        ValueError: If `tasks` is empty or repeats a name, if `params` is empty, or if the class
-            swaps the parameters for evaluation (schedule-free) and there are several tasks.
+        ValueError: If `tasks` is empty or repeats a name, if `params` is empty, if the class
+            swaps the parameters for evaluation (schedule-free) and there are several tasks, or if
+            a scheduler or a hook is attached to an instance.
 
     Example:
         >>> import torch, mtlopt
@@ -80,11 +97,44 @@ class IndependentOptimizer(Panel):
         "optimizer.zero_grad(); loss.backward(); optimizer[task].step()."
     )
 
+    _with_ready_losses = (
+        'schedule="simultaneous" takes ready losses: all gradients at the same weights.'
+    )
+
+    @overload
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tasks: Iterable[Task],
+        /,
+        *,
+        schedule: Schedule = "sequential",
+        order: Order = "fixed",
+        scaler: torch.amp.GradScaler | None = None,
+        check_finite: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None: ...
+
+    @overload
     def __init__(
         self,
         optimizer_class: Callable[..., Optimizer],
         params: Iterable[Any],
         tasks: Iterable[Task],
+        *,
+        schedule: Schedule = "sequential",
+        order: Order = "fixed",
+        scaler: torch.amp.GradScaler | None = None,
+        check_finite: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        optimizer_class: Callable[..., Optimizer] | Optimizer,
+        params: Iterable[Any] | None = None,
+        tasks: Iterable[Task] | None = None,
         *,
         schedule: Schedule = "sequential",
         order: Order = "fixed",
@@ -98,23 +148,17 @@ class IndependentOptimizer(Panel):
                 f"`schedule` must be 'sequential' or 'simultaneous', got {schedule!r}."
             )
         self.schedule = schedule
-        super().__init__(
-            optimizer_class,
-            params,
-            tasks,
-            options,
-            order=order,
-            scaler=scaler,
-            check_finite=check_finite,
-            process_group=process_group,
-        )
+        optimizers = _make(optimizer_class, params, tasks, options)
+        self._lay_out(optimizers)
+        first = next(iter(optimizers.values()))
+        super().__init__(optimizers, first, order, Common(scaler, check_finite, process_group))
         if self._needs_closure and schedule == "simultaneous":
             raise ValueError(
                 "`schedule` must be 'sequential' for a class that needs a closure, "
-                f"got 'simultaneous' for {type(self[self.tasks[0]]).__name__}."
+                f"got 'simultaneous' for {type(first).__name__}."
             )
         if schedule == "simultaneous":
-            self._broadcast(self.param_groups)
+            broadcast_parameters(self._parameters, process_group)
 
     def step(  # type: ignore[override]  # torch's closure is the keyword `closure` here
         self,
@@ -122,6 +166,7 @@ class IndependentOptimizer(Panel):
         *batch: Any,
         micro_batches: Iterable[Any] | None = None,
         closure: Any = None,
+        **keywords: Any,
     ) -> dict[str, Tensor]:
         """Takes a step for every task that the batch has labels for, each with its own state.
 
@@ -132,6 +177,7 @@ class IndependentOptimizer(Panel):
             *batch: Passed on to `losses`.
             micro_batches: Several batches to average over, in place of `batch`.
             closure: Not taken; here for torch's signature.
+            **keywords: None: a batch goes by position.
 
         Returns:
             The present tasks' losses, detached scalars.
@@ -141,41 +187,76 @@ class IndependentOptimizer(Panel):
             ValueError: If a loss is not a scalar with a graph, or was not asked for. With
                 "sequential" the earlier tasks have stepped then.
         """
+        refuse_keywords(keywords)
         refuse_closure(closure)
-        if self.schedule == "simultaneous" and losses is not None:
-            return self._step_simultaneously(losses, list_batches(losses, batch, micro_batches))
+        if losses is None and self._is_repeated():
+            return {}
+        simultaneous = self.schedule == "simultaneous" and losses is not None
+        if not simultaneous:
+            self._check_function(losses)
         batches = self._batches(losses, batch, micro_batches)
-        function = cast(LossesFunction, losses)
+        question = self._question(losses)
         values: dict[str, Tensor] = {}
-        with self._scaler_updated():
-            for task in self._turns():
+        try:
+            if simultaneous:
+                values = self._step_simultaneously(question, batches)
+            for task in () if simultaneous else self._turns():
                 # Eq. 3: task k's gradient where the previous task's step ended, its own moments.
-                gradient = partial(self._backward, function, task, batches)
+                gradient = partial(self._backward, question, task, batches)
                 if present := gradient():
                     self._update(self[task], task, present, gradient)
                 values |= present
+        finally:
+            self._update_scaler()
+        self._finish(values)
         return values
 
     def _step_simultaneously(
-        self, losses: LossesFunction | ReadyLosses, batches: Sequence[tuple[Any, ...]]
+        self, question: Question, batches: list[tuple[Any, ...]]
     ) -> dict[str, Tensor]:
-        self.zero_grad()
+        """Eq. 3 with every g^(k) at the weights where the step began: AdaTask's, with Adam."""
+        self._clear()
         parameters = self._parameters
+        ranks = choose_ranks(parameters, self.process_group, reduced=False)
         values, gradients = collect(
-            losses,
+            question,
             self.tasks,
             batches,
             parameters,
-            check_finite=self.check_finite,
+            ranks,
             scale=self._scale,
-            group=self.process_group,
+            watch=self._watch,
         )
-        with self._scaler_updated():
-            for task in self._turns():
-                if task in gradients:
-                    _gradients.put(parameters, gradients.pop(task))
-                    self._update(self[task], task, values)
+        for task in self._turns():
+            if task in gradients:
+                put(parameters, gradients.pop(task))
+                self._update(self[task], task, values)
         return values
+
+
+def _make(
+    optimizer_class: Any, params: Any, tasks: Any, options: dict[str, Any]
+) -> dict[Task, Optimizer]:
+    """Tells the two forms of the constructor from each other."""
+    if isinstance(optimizer_class, Optimizer):
+        if options or (params is not None and tasks is not None):
+            raise TypeError(
+                "An instance has its parameters and options already: "
+                "IndependentOptimizer(optimizer, tasks)."
+            )
+        return duplicate(optimizer_class, check_tasks(params if tasks is None else tasks))
+    if params is None or tasks is None:
+        raise TypeError(
+            "IndependentOptimizer takes a class, parameters and tasks, or an instance and tasks: "
+            "IndependentOptimizer(torch.optim.Adam, model.parameters(), tasks, lr=1e-3)."
+        )
+    if "weights" in options:
+        raise TypeError(
+            "IndependentOptimizer takes no `weights`: Adam, by itself, undoes a task's weight. "
+            "Give a task a learning rate of its own, optimizer[task].param_groups[0]['lr'] = ..., "
+            "or take JointOptimizer(optimizer, tasks, weights)."
+        )
+    return build(optimizer_class, params, check_tasks(tasks), options)
 
 
 def random_groups(

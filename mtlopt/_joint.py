@@ -9,19 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt import _gradients
-from mtlopt._collect import Forwards
+from mtlopt._base import Common
+from mtlopt._collect import Forwards, ask, collect
 from mtlopt._combining import Batches, CombiningOptimizer
-from mtlopt._distributed import agree, all_ranks, is_sharded, sum_gradients
-from mtlopt._losses import (
-    LossesFunction,
-    ReadyLosses,
-    Task,
-    evaluate,
-    names_of,
-    sum_tensors,
-    weighted,
-)
+from mtlopt._distributed import ALONE, Ranks
+from mtlopt._gradients import Gradients
+from mtlopt._losses import Question, Task, names_of, sum_tensors, weighted
+from mtlopt._passes import backward, differentiate, leaves
+from mtlopt._shards import is_sharded
 
 
 class JointOptimizer(CombiningOptimizer):
@@ -74,17 +69,10 @@ class JointOptimizer(CombiningOptimizer):
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
-            optimizer,
-            tasks,
-            forwards=forwards,
-            scaler=scaler,
-            check_finite=check_finite,
-            process_group=process_group,
-        )
+        super().__init__(optimizer, tasks, forwards, Common(scaler, check_finite, process_group))
         names = names_of(*self.tasks)
         given: Any = {} if weights is None else weights
-        if not isinstance(given, Mapping) or not all(map(_is_number, given.values())):
+        if not isinstance(given, Mapping):
             raise TypeError(f"`weights` must be a mapping from task to number, got {weights!r}.")
         unknown = [name for name in given if name not in names]
         if unknown:
@@ -92,75 +80,84 @@ class JointOptimizer(CombiningOptimizer):
                 f"`weights` must name tasks among {list(names)}, got {unknown} beside them."
             )
         self.weights: dict[str, float] = {name: given.get(name, 1.0) for name in names}
+        for name in names:
+            self._weight(name)
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns nothing: one backward pass of the sum tells no task from another."""
         return {}
 
     def _weight(self, name: str) -> float:
-        return self.weights.get(name, 1.0)
+        weight: Any = self.weights.get(name, 1.0)
+        if not isinstance(weight, (Real, Tensor)):
+            raise TypeError(
+                "`weights` must be a mapping from task to number, "
+                f"got {weight!r} for task {name!r}."
+            )
+        if isinstance(weight, Tensor) and weight.requires_grad:
+            raise TypeError(
+                "`weights` must not require a gradient, since a step of the network does not learn "
+                f"them, got such a tensor for task {name!r}: detach it."
+            )
+        return weight  # type: ignore[return-value]  # a number, or a tensor that acts as one
 
     def _is_sum(self) -> bool:
-        return all(weight == 1 for weight in self.weights.values())
+        return all(isinstance(w, Real) and w == 1 for w in self.weights.values())
 
     def _objective(self, values: dict[str, Tensor]) -> Tensor:
         return sum_tensors([weighted(value, self._weight(k)) for k, value in values.items()])
 
     def _add_gradient(
-        self,
-        losses: LossesFunction | ReadyLosses,
-        batches: Batches,
-        scale: Callable[[Tensor], Tensor],
+        self, question: Question, batches: Batches, arrived: bool
     ) -> dict[str, Tensor]:
-        names = names_of(*self.tasks)
-        if self.forwards == "per-task" and callable(losses):
-            values: dict[str, Tensor] = {}
-            for name in names:
-                values |= self._add_collected(losses, (name,), batches, scale)
-            return values
+        names, ranks = names_of(*self.tasks), self._ranks
+        weights = {name: self._weight(name) for name in names}
+        scale = None if arrived else self._scale
         if len(batches) > 1:
-            return self._add_collected(losses, names, batches, scale)
-        present = evaluate(losses, names, batches[0], self.check_finite)
-        parameters = self._parameters
-        sharded = is_sharded(parameters)
-        group = all_ranks() if sharded and self.process_group is None else self.process_group
-        counts, values = agree(
-            {name: [present[name]] if name in present else [] for name in names},
-            group,
-            on_every_rank=sharded,
-        )
-        ranks = dist.get_world_size(group) if sharded and group is not None else 1
-        # Eq. 1: one backward pass of the weighted sum, over the tasks present.
-        terms = [
-            weighted(loss.value, self._weight(name) * (loss.samples * ranks / counts[name]))
-            for name, loss in present.items()
-            if (counts[name] if sharded else loss.samples)
-        ]
-        total = [scale(sum_tensors(terms))] if terms else []
-        if self.process_group is None or sharded:
-            for loss in total:
-                _gradients.backward(loss, parameters)
-        elif values:
-            own = list(_gradients.differentiate(total, parameters))
-            self._add(
-                sum_gradients(
-                    own[0] if own else [None] * len(parameters), parameters, self.process_group
-                )
+            values, gradients = collect(
+                question,
+                [names],
+                batches,
+                self._parameters,
+                ranks,
+                scale=scale,
+                forwards=self.forwards,
+                weights=weights,
+                watch=self._watch,
             )
+            for gradient in gradients.values():
+                self._add(gradient)
+            return values
+        apart = self.forwards == "per-task" and question.is_function
+        values = {}
+        for asked in [(name,) for name in names] if apart else [names]:
+            terms, means = ask(question, asked, batches[0], ranks)
+            self._note_reach(terms)
+            # Eq. 1: the gradient of the weighted sum of the losses, over the tasks present.
+            total = [weighted(term, weights[name]) for name, term in terms.items()]
+            self._pass(sum_tensors(total) if total else None, scale, ranks if means else ALONE)
+            values |= {name: mean.value for name, mean in means.items()}
         return values
 
-    def _add_collected(
-        self,
-        losses: LossesFunction | ReadyLosses,
-        names: tuple[str, ...],
-        batches: Batches,
-        scale: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        values, collected = self._collect(losses, batches, scale, names)
-        for name in values:
-            self._add(_gradients.scaled(collected.pop(name), self._weight(name)))
-        return values
+    def _pass(
+        self, total: Tensor | None, scale: Callable[[Tensor], Tensor] | None, ranks: Ranks
+    ) -> None:
+        """Takes the one backward pass; ranks that sum gradients do so apart from earlier ones."""
+        parameters = self._parameters
+        losses = [] if total is None else [total if scale is None else scale(total)]
+        if ranks.at_the_end is ALONE:
+            for loss in losses:
+                backward(loss, parameters)
+            return
+        nothing: Gradients = [None] * len(parameters)
+        own = next(iter([*differentiate(losses, parameters)]), nothing)
+        self._add(ranks.at_the_end.sum(own, parameters))
 
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (Real, Tensor))
+    def _note_reach(self, terms: Mapping[str, Tensor]) -> None:
+        """Looks, once a task, whether its loss reaches a parameter; the sum's pass cannot tell."""
+        for name in terms.keys() - self._watch.looked:
+            self._watch.looked.add(name)
+            found = None if is_sharded(self._parameters) else leaves([terms[name]])
+            own = {id(parameter) for parameter in self._parameters}
+            if found is not None and not any(id(leaf) in own for leaf in found):
+                self._watch.unreached(name)

@@ -45,6 +45,28 @@ def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
     return checked
 
 
+def check_parameters(argument: str, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the parameters as a list, or says what was given in their place."""
+    given: object = parameters
+    if not isinstance(given, (Tensor, Mapping)) and isinstance(given, Iterable):
+        listed = list(given)
+        if all(isinstance(item, Tensor) for item in listed):
+            return listed
+    raise TypeError(
+        f"`{argument}` must be an iterable of parameters, such as `layer.parameters()`, "
+        f"got a {type(given).__name__}."
+    )
+
+
+def refuse_keywords(keywords: Mapping[str, Any]) -> None:
+    """Says how a batch travels to `losses`."""
+    if keywords:
+        raise TypeError(
+            "`step` hands the batch on by position: step(losses, batch) for a function "
+            f"losses(tasks, batch) that takes it apart, got the keywords {list(keywords)}."
+        )
+
+
 def list_batches(
     losses: object, batch: tuple[Any, ...], micro_batches: Iterable[Any] | None
 ) -> list[tuple[Any, ...]]:
@@ -69,53 +91,60 @@ def list_batches(
     return batches
 
 
-def evaluate(
-    losses: LossesFunction | ReadyLosses,
-    names: Sequence[str],
-    batch: tuple[Any, ...],
-    check_finite: bool,
-) -> dict[str, Loss]:
-    """Asks for the losses of `names` on one batch; absent tasks are left out of the result.
+class Question:
+    """Asks `losses` for some of the tasks, and checks the answer."""
 
-    A count of 0 is kept here: in a process group other ranks may bring samples.
-    """
-    if isinstance(losses, Mapping):
-        found: Any = losses
-    else:
-        if not torch.compiler.is_compiling():
-            # Inside a caller's autocast there may be casts of weights that have moved since.
-            torch.clear_autocast_cache()
-        found = _call(losses, tuple(names), batch)
-    if not isinstance(found, Mapping):
-        raise TypeError(
-            f"`losses` must return a mapping from task to loss, got {type(found).__name__}."
-        )
-    unknown = [name for name in found if name not in names]
-    if unknown:
-        raise ValueError(
-            f"`losses` must bring only the tasks asked for, {list(names)}, got {list(found)}. "
-            "Where a model computes everything: "
-            "return {task: everything[task] for task in tasks}."
-        )
-    present = {}
-    for name in names:
-        loss = found.get(name)
-        if loss is not None:
-            present[name] = _check_loss(name, loss, check_finite)
-    return present
+    def __init__(self, losses: object, known: Sequence[str], check_finite: bool) -> None:
+        self._losses = losses
+        self._known = known
+        self._check_finite = check_finite
+        self.is_function = not isinstance(losses, Mapping)
+
+    def __call__(self, names: Sequence[str], batch: tuple[Any, ...]) -> dict[str, Loss]:
+        """Returns the losses of `names` on one batch; absent tasks are left out.
+
+        A count of 0 is kept here: other ranks may bring samples.
+        """
+        found: Any = self._losses
+        if self.is_function:
+            if not torch.compiler.is_compiling():
+                # Inside a caller's autocast there may be casts of weights that have moved since.
+                torch.clear_autocast_cache()
+            found = _call(self._losses, tuple(names), batch)
+        if not isinstance(found, Mapping):
+            remedy = ": return dict(zip(tasks, losses))" if isinstance(found, (list, tuple)) else ""
+            raise TypeError(
+                "`losses` must return a mapping from task to loss, "
+                f"got {type(found).__name__}{remedy}."
+            )
+        present = {}
+        for name in names:
+            loss = found.get(name)
+            if loss is not None:
+                present[name] = _check_loss(name, loss, self._check_finite)
+        # What was not asked for now is ignored: a model may compute everything.
+        if len(found) > len(present):
+            unknown = [name for name in found if name not in self._known]
+            if unknown:
+                raise ValueError(
+                    f"`losses` must name tasks of the optimizer, {list(self._known)}, "
+                    f"got {unknown} among {list(found)}."
+                )
+        return present
 
 
-def weighted(loss: Tensor, weight: float) -> Tensor:
+def weighted(loss: Tensor, weight: float | Tensor) -> Tensor:
     """Multiplies a loss by a number; 1 leaves it as it is, to the last bit."""
-    return loss if weight == 1 else loss * weight
+    return loss if isinstance(weight, (int, float)) and weight == 1 else loss * weight
 
 
-def mean(losses: Sequence[Loss]) -> Tensor:
-    """Averages the losses of one task over batches, by count."""
+def average(losses: Sequence[Loss]) -> Loss:
+    """Averages the losses of one task over batches, by count, without their graphs."""
     if len(losses) == 1:
-        return losses[0].value.detach()
+        return Loss(losses[0].value.detach(), losses[0].samples)
     total = sum(loss.samples for loss in losses)
-    return sum_tensors([loss.value.detach() * (loss.samples / max(total, 1)) for loss in losses])
+    terms = [loss.value.detach() * (loss.samples / max(total, 1)) for loss in losses]
+    return Loss(sum_tensors(terms), total)
 
 
 def sum_tensors(terms: Sequence[Tensor]) -> Tensor:
@@ -123,11 +152,12 @@ def sum_tensors(terms: Sequence[Tensor]) -> Tensor:
     return sum(terms[1:], terms[0])
 
 
-def _call(losses: LossesFunction, names: tuple[str, ...], batch: tuple[Any, ...]) -> Any:
+def _call(losses: object, names: tuple[str, ...], batch: tuple[Any, ...]) -> Any:
     if not callable(losses):
+        remedy = ": dict(zip(tasks, losses))" if isinstance(losses, (list, tuple)) else ""
         raise TypeError(
             "`losses` must be a function losses(tasks, *batch) or a mapping from task to loss, "
-            f"got {type(losses).__name__}."
+            f"got {type(losses).__name__}{remedy}."
         )
     try:
         return losses(names, *batch)

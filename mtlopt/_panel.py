@@ -1,47 +1,36 @@
 """Panel: one optimizer per task over the same parameters, shown to torch as one."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._base import MultiTaskOptimizer
+from mtlopt._build import copied_group, copied_state
 from mtlopt._follower import Follower, copied
-from mtlopt._losses import Task, check_tasks
-from mtlopt._sequential import SequentialOptimizer
+from mtlopt._losses import Task
+from mtlopt._passes import drop_zeros, has_compiled
 
 
-class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
+class Panel(MultiTaskOptimizer, Mapping[Task, Optimizer]):
     """A mapping from task to optimizer whose own parameter groups are a control panel."""
 
-    def __init__(
-        self,
-        optimizer_class: Callable[..., Optimizer],
-        params: Iterable[Any],
-        tasks: Iterable[Task],
-        options: dict[str, Any],
-        **shared: Any,
-    ) -> None:
-        tasks = check_tasks(tasks)
-        params = _check_params(params)
-        self._optimizers = {task: _build(optimizer_class, params, options) for task in tasks}
-        first = self._optimizers[tasks[0]]
-        if len(tasks) > 1 and callable(getattr(first, "eval", None)):
+    def _lay_out(self, optimizers: dict[Task, Optimizer]) -> None:
+        self._optimizers = optimizers
+        first = next(iter(optimizers.values()))
+        if len(optimizers) > 1 and callable(getattr(first, "eval", None)):
             raise ValueError(
                 "`optimizer_class` must not swap the parameters for evaluation when there are "
-                f"several tasks, got {type(first).__name__} for {len(tasks)}: each task's average "
-                "would be taken over weights that the other tasks moved."
+                f"several tasks, got {type(first).__name__} for {len(optimizers)}: each task's "
+                "average would be taken over weights that the other tasks moved."
             )
         self.defaults = copied(first.defaults)
         self.state = defaultdict(dict)
-        self.param_groups = [_copied_group(group) for group in first.param_groups]
+        self.param_groups = [copied_group(group) for group in first.param_groups]
         self._forget_schedulers()
-        super().__init__(tasks, **shared)
-        self._follow([None] * len(tasks))
+        self._follow([None] * len(optimizers), [None] * len(optimizers))
         self._hook()
 
     def __getitem__(self, task: Task) -> Optimizer:
@@ -60,10 +49,22 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
 
     # The control panel.
 
-    def _follow(self, overrides: Iterable[list[list[str]] | None]) -> None:
+    def _follow(
+        self, overrides: Iterable[list[list[str]] | None], pins: Iterable[list[list[str]] | None]
+    ) -> None:
         self._followers = {
-            task: Follower(optimizer, self.param_groups, keys)
-            for (task, optimizer), keys in zip(self._optimizers.items(), overrides, strict=True)
+            task: Follower(optimizer, self.param_groups, keys, pinned)
+            for (task, optimizer), keys, pinned in zip(
+                self._optimizers.items(), overrides, pins, strict=True
+            )
+        }
+
+    def _kept(self) -> dict[str, list[list[list[str]]]]:
+        """What each task keeps to itself, by name."""
+        followers = self._followers.values()
+        return {
+            "overrides": [follower.overrides for follower in followers],
+            "pins": [follower.pins for follower in followers],
         }
 
     def _hook(self) -> None:
@@ -76,6 +77,8 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any
     ) -> tuple[Any, Any] | None:
         self._followers[task].follow(self.param_groups)
+        if not self._watch.combined and has_compiled():  # The user's own backward pass.
+            drop_zeros(p for group in self.param_groups for p in group["params"])
         result = None
         for hook in self._optimizer_step_pre_hooks.values():
             changed = hook(optimizer, args, kwargs)
@@ -83,17 +86,38 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
                 if not isinstance(changed, tuple):
                     raise TypeError(f"A step pre-hook must return (args, kwargs), got {changed!r}.")
                 result = args, kwargs = changed
+        if self._optimizer_step_pre_hooks:
+            self._followers[task].follow(self.param_groups)  # A hook may have set the panel.
         return result
 
     def _after_update(self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._followers[task].accept()
         self._opt_called = True  # A scheduler on the panel asks whether a step came first,
-        self._note_step()  # and so does one on a task that this batch lacks.
+        if not self._watch.combined:  # and so does one on a task that this batch lacks.
+            self._note_step()
+        self._watch.combined = False
         for hook in self._optimizer_step_post_hooks.values():
             hook(optimizer, args, kwargs)
 
+    def pin(self, task: Task, *names: str) -> None:
+        """Keeps a task's hyper-parameters at their present values, whatever the panel does.
+
+        A value set on ``optimizer[task].param_groups`` is kept too, unless it equals the panel's:
+        then nothing tells that it was set.
+
+        Args:
+            task: One of the tasks.
+            *names: Hyper-parameters, such as "lr"; all of them if none is named.
+
+        Raises:
+            KeyError: If there is no such task.
+            ValueError: If the class has no such hyper-parameter.
+        """
+        self[task]
+        self._followers[task].pin(names, self.param_groups)
+
     def reset_overrides(self, task: Task) -> None:
-        """Lets a task follow the panel again in every hyper-parameter.
+        """Lets a task follow the panel again in every hyper-parameter, pinned ones too.
 
         Args:
             task: One of the tasks.
@@ -111,18 +135,18 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
             param_group: As torch takes it.
         """
         self._follow_all()
-        param_group = _copied_group(param_group)
+        param_group = copied_group(param_group)
         inner = self._inner_optimizers()
         try:
             for optimizer in inner:
-                optimizer.add_param_group(_copied_group(param_group))
+                optimizer.add_param_group(copied_group(param_group))
         except BaseException:
             for optimizer in inner:
                 del optimizer.param_groups[len(self.param_groups) :]
             raise
-        self.param_groups.append(_copied_group(inner[0].param_groups[-1]))
+        self.param_groups.append(copied_group(inner[0].param_groups[-1]))
         self._forget_schedulers(slice(-1, None))
-        self._follow([follower.overrides for follower in self._followers.values()])
+        self._follow(**self._kept())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets all gradients to None.
@@ -140,6 +164,7 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
                 "move every head in every task's step."
             )
         super().zero_grad()
+        self._watch.changed()
 
     def train(self) -> None:
         """Puts the task's optimizer in training mode, where it has modes (schedule-free)."""
@@ -182,7 +207,7 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
             "param_groups": groups,
             "mtlopt": {
                 "optimizers": [optimizer.state_dict() for optimizer in self._inner_optimizers()],
-                "overrides": [follower.overrides for follower in self._followers.values()],
+                **self._kept(),
             },
         }
 
@@ -191,75 +216,26 @@ class Panel(SequentialOptimizer, Mapping[Task, Optimizer]):
         states = [state_dict] * len(self) if saved is None else saved["optimizers"]
         for optimizer, state in zip(self._inner_optimizers(), states, strict=True):
             # A copy, since torch keeps tensors that it need not cast.
-            optimizer.load_state_dict(_copied_state(state))
+            optimizer.load_state_dict(copied_state(state))
         if saved is None:
             self._forget_schedulers()
         first = self._optimizers[self.tasks[0]].param_groups
         self.param_groups = [
-            {**_copied_group(own), **_copied_group(new), "params": old["params"]}
+            {**copied_group(own), **copied_group(new), "params": old["params"]}
             for own, new, old in zip(
                 first, state_dict["param_groups"], self.param_groups, strict=True
             )
         ]
-        self._follow([None] * len(self) if saved is None else saved["overrides"])
+        nothing = [None] * len(self)
+        saved = saved or {}
+        self._follow(saved.get("overrides", nothing), saved.get("pins", nothing))
 
     def __getstate__(self) -> dict[str, Any]:
-        overrides = self._collect_state()["mtlopt"]["overrides"]
-        return super().__getstate__() | {"_followers": overrides}
+        self._follow_all()
+        return super().__getstate__() | {"_followers": self._kept()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_followers" in state:
-            self._follow(state["_followers"])
+            self._follow(**state["_followers"])
             self._hook()
-
-
-def _check_params(params: Iterable[Any]) -> Any:
-    """Spends generators once, so that every task's optimizer gets the same parameters."""
-    if isinstance(params, (Tensor, set)):
-        return params  # torch has its say on these.
-    checked = [_copied_group(item) if isinstance(item, dict) else item for item in params]
-    if not checked:
-        raise ValueError("`params` must hold at least one parameter, got none.")
-    return checked
-
-
-def _copied_group(group: dict[str, Any]) -> dict[str, Any]:
-    """Copies a parameter group: new containers and options, the same parameters."""
-    params = group["params"]
-    options = {key: copied(value) for key, value in group.items() if key != "params"}
-    return {"params": params if isinstance(params, (Tensor, set)) else list(params), **options}
-
-
-def _copied_state(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Copies a state dict; subclasses of tensors, which may know no copy, part by part."""
-    memo: dict[int, Any] = {}
-    for entries in state_dict["state"].values():
-        for value in entries.values():
-            if hasattr(value, "__tensor_flatten__"):  # torchao's 8-bit states, FSDP's shards.
-                names, context = value.__tensor_flatten__()
-                parts = {name: copied(getattr(value, name)) for name in names}
-                memo[id(value)] = type(value).__tensor_unflatten__(
-                    parts, context, value.shape, value.stride()
-                )
-    return deepcopy(state_dict, memo)
-
-
-def _build(
-    optimizer_class: Callable[..., Optimizer], params: Any, options: dict[str, Any]
-) -> Optimizer:
-    if isinstance(optimizer_class, Optimizer):
-        name = type(optimizer_class).__name__
-        raise TypeError(
-            f"`optimizer_class` must be a class, got an instance of {name}: "
-            f"IndependentOptimizer({name}, params, tasks, lr=...) makes one for each task."
-        )
-    if isinstance(params, list):
-        params = [_copied_group(item) if isinstance(item, dict) else item for item in params]
-    optimizer = optimizer_class(params, **copied(options))
-    if isinstance(optimizer, MultiTaskOptimizer) or not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            "`optimizer_class` must make a plain torch.optim.Optimizer, "
-            f"got {type(optimizer).__name__} from {optimizer_class!r}."
-        )
-    return optimizer

@@ -1,6 +1,6 @@
 """PCGrad: project conflicting gradients (Yu et al., 2020)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt import _gradients
+from mtlopt._base import Common
 from mtlopt._collect import Forwards
-from mtlopt._combining import Batches, CombiningOptimizer
-from mtlopt._distributed import sum_over_shards
-from mtlopt._losses import LossesFunction, ReadyLosses, Task
+from mtlopt._combining import CombiningOptimizer
+from mtlopt._gradients import Gradients, combine, conflict_fraction, cosines, gram
+from mtlopt._losses import Task
 
 Reduction = Literal["sum", "mean"]
 
@@ -42,7 +42,7 @@ def project_conflicts(
         own = [float(i == j) for j in range(len(gram))]
         for j in order:
             inner = sum(c * k for c, k in zip(own, gram[j], strict=True))
-            if inner < 0:
+            if inner < 0 < gram[j][j]:
                 own[j] -= inner / gram[j][j]
         total = [t + c for t, c in zip(total, own, strict=True)]
     return total
@@ -99,14 +99,7 @@ class PCGrad(CombiningOptimizer):
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
-            optimizer,
-            tasks,
-            forwards=forwards,
-            scaler=scaler,
-            check_finite=check_finite,
-            process_group=process_group,
-        )
+        super().__init__(optimizer, tasks, forwards, Common(scaler, check_finite, process_group))
         self._refuse_closures()
         if reduction not in ("sum", "mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
@@ -125,45 +118,34 @@ class PCGrad(CombiningOptimizer):
         """
         return dict(self._seen)
 
-    def _add_gradient(
-        self,
-        losses: LossesFunction | ReadyLosses,
-        batches: Batches,
-        scale: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
+    def _combine(self, gradients: dict[Task, Gradients], scaled: bool) -> Gradients:
         # T draws every step, so that a run's orders do not depend on who was absent.
         count = len(self.tasks)
         drawn = [torch.randperm(count, generator=self.generator).tolist() for _ in self.tasks]
-        values, collected = self._collect(losses, batches, scale)
-        present = [k for k, task in enumerate(self.tasks) if task in collected]
+        present = [k for k, task in enumerate(self.tasks) if task in gradients]
         if not present:
-            return {}
-        gradients = list(collected.values())
-        del collected
-        # The one copy from the device to the host.
-        gram = sum_over_shards(_gradients.gram(gradients), self._parameters).cpu()
+            return [None] * len(self._parameters)
+        products = gram([gradients[self.tasks[k]] for k in present])
         orders = [[present.index(j) for j in drawn[i] if j in present and j != i] for i in present]
-        coefficients = project_conflicts(gram.tolist(), orders)
-        if not gram.isfinite().all():  # A scaler must see it, also where the gradients are finite.
+        coefficients = project_conflicts(products.tolist(), orders)
+        if not products.isfinite().all():  # A scaler must see it, also in finite gradients.
             coefficients = [float("nan")] * len(present)
         if self.reduction == "mean":
             coefficients = [c / len(present) for c in coefficients]
-        combined = _gradients.combine(gradients, coefficients)
-        self._add(combined)
-        self._seen.update(_describe(gram, coefficients, present, count))
-        return values
+        self._seen.update(_describe(products, coefficients, present, count))
+        return combine(list(gradients.values()), coefficients)
 
 
 def _describe(
-    gram: Tensor, coefficients: list[float], present: list[int], count: int
+    products: Tensor, coefficients: list[float], present: list[int], count: int
 ) -> dict[str, Tensor]:
     index = torch.tensor(present)
-    cosines = torch.full((count, count), float("nan"), dtype=torch.float64)
-    cosines[index[:, None], index] = _gradients.cosines(gram)
+    angles = torch.full((count, count), float("nan"), dtype=torch.float64)
+    angles[index[:, None], index] = cosines(products)
     weights = torch.full((count,), float("nan"), dtype=torch.float64)
     weights[index] = torch.tensor(coefficients, dtype=torch.float64)
     return {
-        "cosines": cosines,
+        "cosines": angles,
         "coefficients": weights,
-        "conflict_fraction": _gradients.conflict_fraction(gram),
+        "conflict_fraction": conflict_fraction(products),
     }

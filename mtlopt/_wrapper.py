@@ -1,15 +1,15 @@
 """WrappedOptimizer: the methods that stand before one plain optimizer."""
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtlopt._base import MultiTaskOptimizer
-from mtlopt._losses import Task
+
+Self = TypeVar("Self", bound="WrappedOptimizer")
 
 
 class WrappedOptimizer(MultiTaskOptimizer):
@@ -18,14 +18,29 @@ class WrappedOptimizer(MultiTaskOptimizer):
     base: Optimizer
     """The wrapped optimizer, which moves the parameters."""
 
-    def __init__(self, optimizer: Optimizer, tasks: Iterable[Task], **shared: Any) -> None:
-        if isinstance(optimizer, MultiTaskOptimizer) or not isinstance(optimizer, Optimizer):
+    def __new__(cls: type[Self], *args: Any, **options: Any) -> Self:
+        """Refuses a class before Python compares the arguments with the wrong signature."""
+        if args and isinstance(args[0], type):
+            name = args[0].__name__
+            raise TypeError(
+                f"`optimizer` must be an instance of a plain torch.optim.Optimizer, got the class "
+                f"{name}: pass an instance, {cls.__name__}({name}(params, lr=...), tasks)."
+            )
+        return super().__new__(cls)
+
+    def _wrap(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, MultiTaskOptimizer):
+            raise TypeError(
+                "`optimizer` must be an instance of a plain torch.optim.Optimizer, got "
+                f"{type(optimizer).__name__}: a method does not go into another; pass what that "
+                "one wraps."
+            )
+        if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 "`optimizer` must be an instance of a plain torch.optim.Optimizer, "
-                f"got {optimizer!r}."
+                f"got {type(optimizer).__name__}."
             )
         self.base = optimizer
-        super().__init__(tasks, **shared)
         self._hook()
 
     def _hook(self) -> None:
@@ -70,6 +85,8 @@ class WrappedOptimizer(MultiTaskOptimizer):
             set_to_none: Whether they become None, or zero.
         """
         self.base.zero_grad(set_to_none=set_to_none)
+        self._watch.changed()
+        self._watch.combined = False
 
     def train(self) -> None:
         """Puts the wrapped optimizer in training mode, where it has modes (schedule-free)."""

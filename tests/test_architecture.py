@@ -14,11 +14,11 @@ PACKAGE = Path(mtlopt.__file__).parent
 
 # A module may import those of the lines before its own; a new one gets its place here.
 LAYERS = (
-    {"_classes", "_follower", "_gradients", "_losses"},
-    {"_distributed"},
-    {"_base", "_collect"},
-    {"_conflicts", "_sequential", "_wrapper"},
-    {"_combining", "_panel"},
+    {"_classes", "_follower", "_losses", "_shards", "_watch"},
+    {"_balance", "_gradients", "_saved"},
+    {"_base", "_distributed", "_passes"},
+    {"_build", "_collect", "_wrapper"},
+    {"_combining", "_conflicts", "_panel", "_sequential"},
     {"_aggregated", "_alternating", "_gradnorm", "_independent", "_joint", "_pcgrad"},
 )
 OPTIONAL = {"matplotlib", "torchjd"}  # may be imported where they are used, not with the package

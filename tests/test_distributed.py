@@ -82,6 +82,7 @@ def train(method: str, model: Any, call: Any, own: range, **keywords: Any) -> di
     """Trains 20 steps and returns all that the ranks should have in common."""
     everywhere = dist.is_initialized() and "process_group" not in keywords
     optimizer = make(method, model, **keywords)
+    optimizer.diagnostics()  # From here on it takes norms.
     values = {}
     for step, (x, y) in enumerate(batches(STEPS, size=SIZE)):
         values = optimizer.step(make_losses(call, step, own, everywhere), x, y)
