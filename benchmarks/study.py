@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 import study_rows
-from study_methods import SUM, names
+from study_methods import SUM, TUNED, names
 from study_plan import plan_all
 from study_runs import Config, load, measure_costs, run
 
@@ -50,6 +50,8 @@ def study(name: str, options: argparse.Namespace) -> None:
     seconds = {r["method"]: float(r["seconds"]) for r in study_rows.load(costs, label)}
 
     def until(method: str) -> int:
+        if method == TUNED:  # its step is the plain sum's
+            return problem.steps
         steps = problem.steps * seconds[SUM] / seconds.get(method, seconds[SUM])
         return max(1, min(problem.steps, int(steps)))
 
