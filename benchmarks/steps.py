@@ -206,6 +206,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument(
+        "--memory", nargs="*", choices=names(), default=names(), help="a process each; default: all"
+    )
     options = parser.parse_args()
     if options.child in FLOORS or options.child in FLOORS.values():
         print(json.dumps(measure_memory(options.child, options)))
@@ -223,14 +226,17 @@ def main() -> None:
     shape += ["--batch-size", str(options.batch_size)]
     results = measured.in_processes(options, ["times"] * options.processes, shape)
     found = measured.medians(results)
-    memory = dict(zip(found, measured.in_processes(options, list(found), shape), strict=True))
+    sizes = measured.in_processes(options, options.memory, shape)
+    memory = dict(zip(options.memory, sizes, strict=True))
     rows = []
     for name, time in found.items():
         floor = FLOORS.get(name)
         row = [name, f"{1e3 * time:.0f}", measured.ratio(results, name, floor) if floor else ""]
-        row += [f"{time / found['joint, by hand']:.2f}", f"{memory[name]['bytes'] / 1e6:.0f}"]
-        if "copies" in memory[name]:
-            row.append(f"{memory[name]['copies']:.0f}")
+        row.append(f"{time / found['joint, by hand']:.2f}")
+        own = memory.get(name, {})
+        row.append(f"{own['bytes'] / 1e6:.0f}" if own else "")
+        if options.device.startswith("cuda"):
+            row.append(f"{own['copies']:.0f}" if own else "")
         rows.append(row)
     text = (
         f"Width {options.width}, {options.size} x {options.size} pixels, batch of "

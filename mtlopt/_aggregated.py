@@ -1,6 +1,6 @@
 """Aggregated: any aggregator of TorchJD as the combination of the tasks' gradients."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from mtlopt._base import Common
 from mtlopt._collect import Forwards
 from mtlopt._combining import CombiningOptimizer
-from mtlopt._gradients import Gradients, combine, gram, reach
+from mtlopt._distributed import ALONE
+from mtlopt._gradients import Gradients, reach
 from mtlopt._losses import Task
+from mtlopt._rows import Rows
 from mtlopt._shards import is_sharded
 
 PLAIN = (Tensor, bool, int, float, str, tuple, torch.dtype, type(None))
@@ -41,6 +43,8 @@ class Aggregated(CombiningOptimizer):
         scaler: Gradient scaler for float16; an overflow skips the step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
+        features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
+            combined there, and one backward pass takes the result through the trunk.
 
     Raises:
         ImportError: If TorchJD is not installed.
@@ -71,8 +75,11 @@ class Aggregated(CombiningOptimizer):
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        features: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
-        super().__init__(optimizer, tasks, forwards, Common(scaler, check_finite, process_group))
+        super().__init__(
+            optimizer, tasks, forwards, Common(scaler, check_finite, process_group), features
+        )
         self._refuse_closures()
         try:
             from torchjd.aggregation import Aggregator, GramianWeightedAggregator
@@ -102,48 +109,52 @@ class Aggregated(CombiningOptimizer):
         """
         return dict(self._seen)
 
-    def _combine(self, gradients: dict[Task, Gradients], scaled: bool) -> Gradients:
-        present = [k for k, task in enumerate(self.tasks) if task in gradients]
+    def _combine(self, rows: Rows) -> Gradients:
+        present = [k for k, task in enumerate(self.tasks) if task in rows.gradients]
         if not present:
-            return [None] * len(self._parameters)
+            return rows.combine([])
         if len(present) < len(self.tasks):
             self._check_rows(present)
-        rows = list(gradients.values())
         # A caller's autocast is not for the aggregation.
         with self._drawing_alike(), torch.autocast(self._device.type, enabled=False):
             if self._weighting is None:
-                return self._by_matrix(rows, scaled)
-            return self._by_gramian(rows, present, scaled)
+                return self._by_matrix(rows)
+            return self._by_gramian(rows, present)
 
-    def _by_gramian(self, rows: list[Gradients], present: list[int], scaled: bool) -> Gradients:
+    def _by_gramian(self, rows: Rows, present: list[int]) -> Gradients:
         weights = [1.0]
         if len(present) > 1:
-            products = gram(rows)
+            products = rows.gram()
             # NaN takes an overflow to the scaler, where the aggregator might raise.
-            lost = scaled and not products.isfinite().all()
-            weights = [float("nan")] * len(rows) if lost else self._weighting(products).tolist()
+            lost = rows.scaled and not products.isfinite().all()
+            weights = [float("nan")] * len(present) if lost else self._weighting(products).tolist()
         coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
         coefficients[present] = torch.tensor(weights, dtype=torch.float64)
         self._seen["coefficients"] = coefficients
-        return combine(rows, weights)
+        return rows.combine(weights)
 
-    def _by_matrix(self, rows: list[Gradients], scaled: bool) -> Gradients:
-        parameters = self._parameters
-        if is_sharded(parameters):
+    def _by_matrix(self, rows: Rows) -> Gradients:
+        gradients, tensors = list(rows.gradients.values()), rows.tensors
+        in_parts = rows.ranks not in (None, ALONE)
+        if in_parts or is_sharded(tensors):
             raise ValueError(
-                "`aggregator` must work from the Gramian where the parameters are sharded, "
-                f"got {type(self.aggregator).__name__}, which needs whole gradients."
+                "`aggregator` must work from the Gramian where the ranks hold parts of the "
+                f"gradients (FSDP2, or `features` with a `process_group`), got "
+                f"{type(self.aggregator).__name__}, which needs whole ones."
             )
-        reached = reach(rows)
-        shared = [i for i, tasks in enumerate(reached) if len(tasks) > 1]
-        combined = [rows[ts[0]][i] if len(ts) == 1 else None for i, ts in enumerate(reached)]
+        reached = reach(gradients)
+        shared = [i for i, tasks in enumerate(reached) if len(tasks) > 1 or not rows.apart]
+        combined = [
+            None if i in shared or not tasks else gradients[tasks[0]][i]
+            for i, tasks in enumerate(reached)
+        ]
         if shared:
-            sizes = [parameters[i].numel() for i in shared]
-            matrix = _stack(rows, shared, parameters)
-            lost = scaled and not matrix.isfinite().all()
+            sizes = [tensors[i].numel() for i in shared]
+            matrix = _stack(gradients, shared, tensors)
+            lost = rows.scaled and not matrix.isfinite().all()
             vector = matrix[0] * float("nan") if lost else self.aggregator(matrix)
             for i, part in zip(shared, vector.split(sizes), strict=True):
-                combined[i] = part.view(parameters[i].shape).to(parameters[i].dtype)
+                combined[i] = part.view(tensors[i].shape).to(tensors[i].dtype)
         return combined
 
     def _check_rows(self, present: list[int]) -> None:
@@ -179,7 +190,7 @@ class Aggregated(CombiningOptimizer):
                 (module._buffers if name in module._buffers else vars(module))[name] = copy
 
 
-def _stack(rows: list[Gradients], shared: list[int], parameters: list[Tensor]) -> Tensor:
+def _stack(rows: list[Gradients], shared: list[int], parameters: Sequence[Tensor]) -> Tensor:
     """Moves the tasks' gradients of the shared parameters into the (T, n) matrix J."""
     sizes = [parameters[i].numel() for i in shared]
     dtype = reduce(torch.promote_types, {parameters[i].dtype for i in shared})

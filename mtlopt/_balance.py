@@ -1,6 +1,7 @@
 """Balance: GradNorm's loss weights and how they learn (Chen et al., 2018, Algorithm 1)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,19 @@ class Seen(NamedTuple):
 
     norm: float
     losses: dict[str, float]
+
+
+@dataclass
+class Pending:
+    """What awaits the step: a task's gradient over `shared`, its norm, its losses by name."""
+
+    gradient: list[Tensor] = field(default_factory=list)
+    norm: float = 0.0
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def seen(self) -> Seen:
+        """The mean of each name's losses over the calls of `backward`."""
+        return Seen(self.norm, {name: sum(own) / len(own) for name, own in self.losses.items()})
 
 
 class Balance:

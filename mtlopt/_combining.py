@@ -5,16 +5,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._base import Common
 from mtlopt._classes import repeat
 from mtlopt._collect import Collected, Forwards, collect
 from mtlopt._distributed import Ranks, broadcast_parameters, choose_ranks
+from mtlopt._features import Features, combine_through
 from mtlopt._gradients import Gradients, add
 from mtlopt._losses import LossesFunction, Question, ReadyLosses, Task, refuse_keywords, sum_tensors
-from mtlopt._passes import put
+from mtlopt._passes import put, take
+from mtlopt._rows import Rows
+from mtlopt._shards import is_sharded
 from mtlopt._wrapper import WrappedOptimizer
 
 Batches = list[tuple[Any, ...]]
@@ -28,13 +31,24 @@ class CombiningOptimizer(WrappedOptimizer):
     """
 
     def __init__(
-        self, optimizer: Optimizer, tasks: Iterable[Task], forwards: Forwards, common: Common
+        self,
+        optimizer: Optimizer,
+        tasks: Iterable[Task],
+        forwards: Forwards,
+        common: Common,
+        features: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
         self._wrap(optimizer)
         super().__init__(tasks, self.base, common)
         if forwards not in ("joint", "per-task"):
             raise ValueError(f"`forwards` must be 'joint' or 'per-task', got {forwards!r}.")
         self.forwards = forwards
+        self._features = None if features is None else Features(features)
+        if features is not None and forwards == "per-task":
+            raise ValueError(
+                "`forwards` must be 'joint' with `features`, whose gradients are of one forward "
+                "pass, got 'per-task'."
+            )
         self._compared = False
         broadcast_parameters(self._parameters, self.process_group)
 
@@ -56,13 +70,8 @@ class CombiningOptimizer(WrappedOptimizer):
 
     # What a method is.
 
-    def _combine(self, gradients: dict[Task, Gradients], scaled: bool) -> Gradients:
-        """Makes one gradient of the present tasks'; called at every step, with none too.
-
-        Args:
-            gradients: P tensors or None for each present task, in order; to be written over.
-            scaled: Whether a scaler waits for an overflow, which is not to raise.
-        """
+    def _combine(self, rows: Rows) -> Gradients:
+        """Makes one gradient of the present tasks'; called at every step, with none too."""
         raise NotImplementedError
 
     def _add_gradient(
@@ -72,9 +81,41 @@ class CombiningOptimizer(WrappedOptimizer):
 
         `arrived` says that the losses come from the user, who has scaled them if at all.
         """
+        scaled = arrived or self._scaling is not None
+        if self._features is not None:
+            return self._add_through(self._features, question, batches, scaled)
         values, gradients = self._collect(question, batches, arrived)
-        self._add(self._combine(gradients, arrived or self._scaling is not None))
+        self._add(self._combine(Rows(gradients, self._parameters, values, scaled)))
         return values
+
+    def _add_through(
+        self, features: Features, question: Question, batches: Batches, scaled: bool
+    ) -> dict[str, Tensor]:
+        """The same with the rows cut off at the features, and one pass through the trunk."""
+        parameters, ranks = self._parameters, self._ranks
+        if is_sharded(parameters):
+            raise ValueError(
+                "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
+                "takes whole backward passes."
+            )
+        values = combine_through(
+            features,
+            question,
+            self.tasks,
+            batches,
+            ranks,
+            combine=self._combine,
+            weights=self._weights(),
+            scale=self._scale,
+            scaled=scaled,
+        )
+        if values:
+            put(parameters, ranks.at_the_end.sum(take(parameters), parameters))
+        return values
+
+    def _weights(self) -> Mapping[str, float] | None:
+        """What the losses are multiplied by before they are differentiated."""
+        return None
 
     def _objective(self, values: dict[str, Tensor]) -> Tensor:
         """What the gradient is the gradient of, for a class that searches along a line."""
@@ -98,7 +139,6 @@ class CombiningOptimizer(WrappedOptimizer):
         question: Question,
         batches: Batches,
         arrived: bool,
-        weights: Mapping[str, float] | None = None,
     ) -> Collected:
         return collect(
             question,
@@ -108,7 +148,7 @@ class CombiningOptimizer(WrappedOptimizer):
             self._ranks,
             scale=None if arrived else self._scale,
             forwards=self.forwards,
-            weights=weights,
+            weights=self._weights(),
             watch=self._watch,
         )
 
@@ -152,6 +192,8 @@ class CombiningOptimizer(WrappedOptimizer):
             return self._apply(closure)  # type: ignore[no-any-return]  # torch's value, in torch's form
         if closure is not None:
             raise TypeError("`closure` must be None beside `losses`: they say the same.")
+        if isinstance(losses, Mapping):
+            self._refuse_ready_losses()
         batches = self._batches(losses, batch, micro_batches)
         if isinstance(losses, Mapping) and self._needs_closure:
             raise TypeError(
@@ -175,35 +217,44 @@ class CombiningOptimizer(WrappedOptimizer):
         Args:
             losses: Mapping from task to a scalar loss, (loss, count) or None, of one forward pass.
         """
+        self._refuse_ready_losses()
         self._add_gradient(self._question(losses), [()], arrived=True)
-        self._watch.changed()
-        self._watch.combined = True
+        self._watch.made(self._parameters)
+
+    def _refuse_ready_losses(self) -> None:
+        if self._features is not None:
+            raise TypeError(
+                "`losses` must be a function losses(tasks, *batch) with `features`, where the "
+                "graph is cut while it runs: ready losses come with one that is whole. Call "
+                "optimizer.step(losses, *batch), or leave `features` out."
+            )
 
     @torch.enable_grad()
     def _fresh_gradient(self, question: Question, batches: Batches) -> dict[str, Tensor]:
         self._clear()
-        values = self._add_gradient(question, batches, arrived=False)
-        self._watch.combined = True
-        return values
+        return self._add_gradient(question, batches, arrived=False)
 
     def _apply(self, closure: Callable[[], Any] | None) -> Any:
         """Applies what lies in `.grad`, as torch's `step` does."""
         if closure is None and self._is_repeated():
             return None
-        result: Any = self.base.step() if closure is None else self.base.step(closure)
-        self._warn_unless_combined()
+        result: Any
+        if closure is None:
+            self._check_made()
+            result = self.base.step()
+        else:
+            result = self.base.step(closure)
+            self._check_made()
         self._stepped(None)
         return result
 
-    def _warn_unless_combined(self) -> None:
-        combined, self._watch.combined = self._watch.combined, False
-        if combined or self._is_sum() or len(self.tasks) == 1:
-            return
-        given = [p.grad for p in self._parameters if p.grad is not None]
-        if any(getattr(gradient, "to_local", lambda g=gradient: g)().any() for gradient in given):
+    def _check_made(self) -> None:
+        """Warns of gradients that the method did not make, where that makes a difference."""
+        plain = self._is_sum() or len(self.tasks) == 1
+        if not plain and not self._watch.is_made(self._parameters):
             self._watch.once(
                 "plain",
-                f"`step` of {type(self).__name__} without losses applied gradients that it did "
+                f"`step` of {type(self).__name__} without losses applies gradients that it did "
                 "not make: call `optimizer.backward(losses)` in the place of "
                 "`sum(losses).backward()`, or `optimizer.step(losses, *batch)`. A framework that "
                 "takes the backward pass itself makes the plain sum of every method.",

@@ -47,6 +47,10 @@ class Ranks:
         """Sums one gradient over the ranks that reduce nothing themselves."""
         return gradients
 
+    def total(self, values: Tensor) -> Tensor:
+        """Sums a small tensor over the ranks; it comes back on the CPU."""
+        return values
+
     def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
         """Makes sure that the ranks' gradients are one where that is their business."""
         if (ranks := all_ranks()) is not None and not is_sharded(_given(gradients)):
@@ -124,6 +128,12 @@ class SummingRanks(Ranks):
             for i, part in zip(bucket, flat.split([p.numel() for p in parts]), strict=True):
                 sums[i] = part.view_as(parameters[i])
         return sums
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums a small tensor over the ranks; it comes back on the CPU."""
+        values = values.to(self._device)
+        dist.all_reduce(values, group=self.group)
+        return values.cpu()
 
     def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
         """They have been summed."""

@@ -157,8 +157,9 @@ class Follower:
         }
         # In place: LBFGS holds on to the list.
         own["params"][:] = [swapped.get(id(old), old) for old in own["params"]]
+        kept = set(map(id, parameters))
         for old in before:
-            if id(old) in swapped:
+            if id(old) not in kept:
                 self.own.state.pop(old, None)
         self._parameters[i] = list(parameters)
 

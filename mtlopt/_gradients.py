@@ -51,6 +51,14 @@ def norm(gradients: Gradients) -> Tensor:
     return sum_over_shards({c: torch.stack(q).sum() for c, q in squares.items()}).sqrt()
 
 
+def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
+    """Copies scalars to the host, all at once."""
+    device = tensors[0].device
+    dtype = torch.float32 if device.type in NO_FLOAT64 else torch.float64
+    numbers: list[float] = torch.stack([t.to(device, dtype) for t in tensors]).tolist()
+    return numbers
+
+
 def reach(gradients: Sequence[Gradients]) -> list[tuple[int, ...]]:
     """Lists for each of the P parameters which of the T tasks reach it."""
     return [
@@ -87,18 +95,21 @@ def gram(gradients: Sequence[Gradients], shared: bool = True) -> Tensor:
     return total
 
 
-def combine(gradients: Sequence[Gradients], coefficients: Sequence[float]) -> Gradients:
+def combine(
+    gradients: Sequence[Gradients], coefficients: Sequence[float], apart: bool = True
+) -> Gradients:
     """Sums the gradients, weighted where they are shared and plainly elsewhere.
 
     Args:
         gradients: T gradients of P tensors; their memory is written over, and that of the first
             that reaches a parameter returned.
         coefficients: T numbers, for the parameters that at least two of the tasks reach.
+        apart: Whether the others are summed plainly; if not, they are weighted too.
 
     Returns:
         One gradient.
     """
-    shared = [len(tasks) > 1 for tasks in reach(gradients)]
+    shared = [len(tasks) > 1 or not apart for tasks in reach(gradients)]
     combined: Gradients = [None] * len(shared)
     for gradient, coefficient in zip(gradients, coefficients, strict=True):
         firsts, totals, terms = [], [], []

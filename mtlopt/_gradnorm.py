@@ -1,22 +1,24 @@
 """GradNorm: loss weights that balance the tasks' training rates (Chen et al., 2018)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtlopt._balance import Balance, Seen
+from mtlopt._balance import Balance, Pending
 from mtlopt._base import Common
 from mtlopt._collect import Forwards, ask
 from mtlopt._combining import Batches, CombiningOptimizer
 from mtlopt._distributed import ALONE
-from mtlopt._gradients import Gradients, add, norm
+from mtlopt._gradients import Gradients, add, norm, numbers_of
 from mtlopt._losses import Question, Task, check_parameters, names_of, sum_tensors
 from mtlopt._passes import backward, partial, put
+from mtlopt._rows import Rows
+from mtlopt._shards import local
 
 MARK = "_mtlopt_pending"
 
@@ -45,6 +47,8 @@ class GradNorm(CombiningOptimizer):
         scaler: Gradient scaler for float16; an overflow skips the step, weights included.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
+        features: In the place of `shared`, the module or modules whose outputs all tasks share: the
+            norms are taken over those, and one backward pass leads through the trunk.
 
     Raises:
         TypeError: If `optimizer` is not an instance of a plain optimizer.
@@ -70,7 +74,7 @@ class GradNorm(CombiningOptimizer):
         self,
         optimizer: Optimizer,
         tasks: Iterable[Task],
-        shared: Iterable[Tensor],
+        shared: Iterable[Tensor] | None = None,
         alpha: float = 1.5,
         weight_lr: float = 0.025,
         initial_losses: Mapping[Task, float] | None = None,
@@ -79,18 +83,28 @@ class GradNorm(CombiningOptimizer):
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        features: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
-        super().__init__(optimizer, tasks, forwards, Common(scaler, check_finite, process_group))
+        super().__init__(
+            optimizer, tasks, forwards, Common(scaler, check_finite, process_group), features
+        )
         self._refuse_closures()
-        self.shared = check_parameters("shared", shared)
+        if (shared is None) == (features is None):
+            raise ValueError(
+                "GradNorm needs either `shared` (parameters) or `features` (modules), over which "
+                "the norms are taken, got both or neither."
+            )
+        self.shared = [] if shared is None else check_parameters("shared", shared)
         self.alpha, self.weight_lr = alpha, weight_lr
         self._check_options(initial_losses or {})
         self._balance = Balance(self.tasks, alpha, weight_lr, initial_losses or {})
-        self._pending: dict[Task, _Pending] = {}
+        self._pending: dict[Task, Pending] = {}
 
     def _check_options(self, initial_losses: Mapping[Task, float]) -> None:
         own = {id(parameter) for parameter in self._parameters if parameter.requires_grad}
-        if not self.shared or not all(id(parameter) in own for parameter in self.shared):
+        if (self._features is None and not self.shared) or not all(
+            id(parameter) in own for parameter in self.shared
+        ):
             raise ValueError(
                 "`shared` must hold at least one parameter, all among the optimizer's that "
                 f"require a gradient, got {len(self.shared)} tensors."
@@ -125,8 +139,9 @@ class GradNorm(CombiningOptimizer):
     def _add_gradient(
         self, question: Question, batches: Batches, arrived: bool
     ) -> dict[str, Tensor]:
-        if self._is_cleared():
-            self._pending.clear()
+        self._drop_stale()
+        if self._features is not None:
+            return super()._add_gradient(question, batches, arrived)
         single = len(batches) == 1 and (self.forwards == "joint" or not question.is_function)
         at_once = single and self._ranks is ALONE
         add_gradient = self._add_at_once if at_once else self._add_collected
@@ -135,12 +150,23 @@ class GradNorm(CombiningOptimizer):
             setattr(gradient, MARK, gradient._version)
         return values
 
-    def _is_cleared(self) -> bool:
-        """Whether the gradient that what is pending belongs to has gone from `.grad`."""
+    def _check_made(self) -> None:
+        super()._check_made()
+        self._drop_stale()
+
+    def _drop_stale(self) -> None:
+        """Forgets what is pending where the gradient that it belongs to has gone from `.grad`."""
+        if self._features is not None:
+            self._pending.clear()
+            return
         gradient = self.shared[0].grad
-        if gradient is None or not hasattr(gradient, MARK):
-            return True
-        return getattr(gradient, MARK) != gradient._version and not gradient.any()
+        made = None if gradient is None else getattr(gradient, MARK, None)
+        if (
+            gradient is None
+            or made is None
+            or (made != gradient._version and not local(gradient).any())
+        ):
+            self._pending.clear()
 
     def _seen_gradients(self) -> Gradients:
         # DDP does not reduce those that the weights learn from.
@@ -152,7 +178,7 @@ class GradNorm(CombiningOptimizer):
     ) -> dict[str, Tensor]:
         """One backward pass of the weighted sum; before it each task's, down to `shared` alone."""
         terms, means = ask(question, names_of(*self.tasks), batches[0], ALONE)
-        scale: Callable[[Tensor], Tensor] = _unchanged if arrived else self._scale
+        scale: Callable[[Tensor], Tensor] = (lambda loss: loss) if arrived else self._scale
         values = {name: mean.value for name, mean in means.items()}
         weights = self._balance.weights
         weighted = {
@@ -168,16 +194,29 @@ class GradNorm(CombiningOptimizer):
             backward(scale(sum_tensors(list(weighted.values()))), self._parameters)
         return values
 
-    def _add_collected(
-        self, question: Question, batches: Batches, arrived: bool
-    ) -> dict[str, Tensor]:
-        parameters = self._parameters
-        weights = {
+    def _weights(self) -> dict[str, float]:
+        return {
             name: weight.item()
             for task, weight in self._balance.weights.items()
             for name in names_of(task)
         }
-        values, gradients = self._collect(question, batches, arrived, weights)
+
+    def _combine(self, rows: Rows) -> Gradients:
+        """Over features: the rows are of weighted losses already, and the sum is plain."""
+        if rows.gradients:
+            found = dict(zip(rows.gradients, rows.gram().diagonal().sqrt(), strict=True))
+            unit, *norms = self._checked_numbers(found, rows.values, arrived=False)
+            for task, size in zip(found, norms, strict=False):
+                pending = self._pending.setdefault(task, Pending())
+                # Micro-batches are parts of one batch, whose features are their features together.
+                pending.norm = math.hypot(pending.norm, size / unit)
+        return rows.combine([1.0] * len(rows.gradients))
+
+    def _add_collected(
+        self, question: Question, batches: Batches, arrived: bool
+    ) -> dict[str, Tensor]:
+        parameters = self._parameters
+        values, gradients = self._collect(question, batches, arrived)
         position = {id(parameter): i for i, parameter in enumerate(parameters)}
         places = [position[id(parameter)] for parameter in self.shared]
         shared = {
@@ -203,24 +242,33 @@ class GradNorm(CombiningOptimizer):
         if not gradients:
             return
         sums = {task: self._with_earlier(task, own) for task, own in gradients.items()}
+        found = {task: norm([*gradient]) for task, gradient in sums.items()}
+        unit, *norms = self._checked_numbers(found, values, arrived)
+        for (task, gradient), size in zip(sums.items(), norms, strict=True):
+            pending = self._pending.setdefault(task, Pending())
+            pending.gradient, pending.norm = gradient, size / unit
+
+    def _checked_numbers(
+        self, norms: Mapping[Task, Tensor], values: Mapping[str, Tensor], arrived: bool
+    ) -> list[float]:
+        """Notes the losses, which must be positive; returns the scaler's scale and the norms."""
         # Scaled gradients, and in the imperative form scaled losses too.
         unit = self._scale(torch.ones((), device=self._device))
-        norms = [norm([*gradient]) for gradient in sums.values()]
-        scale, *numbers = _numbers([unit, *norms, *values.values()])
+        scale, *numbers = numbers_of([unit, *norms.values(), *values.values()])
         found = dict(zip(values, numbers[len(norms) :], strict=True))
         seen = {name: loss / scale if arrived else loss for name, loss in found.items()}
-        for task in sums:
-            total = sum(seen[name] for name in names_of(task) if name in seen)
-            if total <= 0:
+        own = {task: {n: seen[n] for n in names_of(task) if n in seen} for task in norms}
+        for task, losses in own.items():
+            if sum(losses.values()) <= 0:
                 raise ValueError(
-                    f"The loss of task {task!r} must be positive for GradNorm, got {total}."
+                    f"The loss of task {task!r} must be positive for GradNorm, got "
+                    f"{sum(losses.values())}."
                 )
-        for (task, gradient), size in zip(sums.items(), numbers, strict=False):
-            pending = self._pending.setdefault(task, _Pending())
-            pending.gradient, pending.norm = gradient, size / scale
-            for name in names_of(task):
-                if name in seen:
-                    pending.losses.setdefault(name, []).append(seen[name])
+        for task, losses in own.items():
+            pending = self._pending.setdefault(task, Pending())
+            for name, loss in losses.items():
+                pending.losses.setdefault(name, []).append(loss)
+        return [scale, *numbers[: len(norms)]]
 
     def _with_earlier(self, task: Task, gradient: Gradients) -> list[Tensor]:
         """Adds what earlier calls of `backward` have left of a task."""
@@ -230,7 +278,7 @@ class GradNorm(CombiningOptimizer):
                 f"`shared` must be reached by every task, got parameters that {task!r} does not "
                 "reach."
             )
-        if task not in self._pending:
+        if task not in self._pending or not self._pending[task].gradient:
             return own
         return [a + b for a, b in zip(self._pending[task].gradient, own, strict=True)]
 
@@ -250,28 +298,3 @@ class GradNorm(CombiningOptimizer):
         super()._restore_state(state_dict)
         if (saved := state_dict.get("mtlopt")) is not None:
             self._balance, self._pending = self._balance.loaded(saved), {}
-
-
-@dataclass
-class _Pending:
-    """What awaits the step: a task's gradient over `shared`, its norm, its losses by name."""
-
-    gradient: list[Tensor] = field(default_factory=list)
-    norm: float = 0.0
-    losses: dict[str, list[float]] = field(default_factory=dict)
-
-    def seen(self) -> Seen:
-        """The mean of each name's losses over the calls of `backward`."""
-        return Seen(self.norm, {name: sum(own) / len(own) for name, own in self.losses.items()})
-
-
-def _unchanged(loss: Tensor) -> Tensor:
-    return loss
-
-
-def _numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """Copies scalars to the host, all at once."""
-    device = tensors[0].device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    numbers: list[float] = torch.stack([t.to(device, dtype) for t in tensors]).tolist()
-    return numbers

@@ -105,8 +105,8 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        tasks: Iterable[Task],
         /,
+        tasks: Iterable[Task],
         *,
         schedule: Schedule = "sequential",
         order: Order = "fixed",
@@ -130,7 +130,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         **options: Any,
     ) -> None: ...
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # `tasks` is second or third
         self,
         optimizer_class: Callable[..., Optimizer] | Optimizer,
         params: Iterable[Any] | None = None,

@@ -77,7 +77,7 @@ class Panel(MultiTaskOptimizer, Mapping[Task, Optimizer]):
         self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any
     ) -> tuple[Any, Any] | None:
         self._followers[task].follow(self.param_groups)
-        if not self._watch.combined and has_compiled():  # The user's own backward pass.
+        if not self._watch.in_turn and has_compiled():  # The user's own backward pass.
             drop_zeros(p for group in self.param_groups for p in group["params"])
         result = None
         for hook in self._optimizer_step_pre_hooks.values():
@@ -93,9 +93,9 @@ class Panel(MultiTaskOptimizer, Mapping[Task, Optimizer]):
     def _after_update(self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._followers[task].accept()
         self._opt_called = True  # A scheduler on the panel asks whether a step came first,
-        if not self._watch.combined:  # and so does one on a task that this batch lacks.
+        if not self._watch.in_turn:  # and so does one on a task that this batch lacks.
             self._note_step()
-        self._watch.combined = False
+        self._watch.in_turn = False
         for hook in self._optimizer_step_post_hooks.values():
             hook(optimizer, args, kwargs)
 

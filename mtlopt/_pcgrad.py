@@ -5,14 +5,15 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._base import Common
 from mtlopt._collect import Forwards
 from mtlopt._combining import CombiningOptimizer
-from mtlopt._gradients import Gradients, combine, conflict_fraction, cosines, gram
+from mtlopt._gradients import Gradients, conflict_fraction, cosines
 from mtlopt._losses import Task
+from mtlopt._rows import Rows
 
 Reduction = Literal["sum", "mean"]
 
@@ -68,6 +69,8 @@ class PCGrad(CombiningOptimizer):
         scaler: Gradient scaler for float16; an overflow skips the step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
+        features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
+            combined there, and one backward pass takes the result through the trunk.
 
     Raises:
         TypeError: If `optimizer` is not an instance of a plain optimizer.
@@ -98,8 +101,11 @@ class PCGrad(CombiningOptimizer):
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        features: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
-        super().__init__(optimizer, tasks, forwards, Common(scaler, check_finite, process_group))
+        super().__init__(
+            optimizer, tasks, forwards, Common(scaler, check_finite, process_group), features
+        )
         self._refuse_closures()
         if reduction not in ("sum", "mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
@@ -118,14 +124,14 @@ class PCGrad(CombiningOptimizer):
         """
         return dict(self._seen)
 
-    def _combine(self, gradients: dict[Task, Gradients], scaled: bool) -> Gradients:
+    def _combine(self, rows: Rows) -> Gradients:
         # T draws every step, so that a run's orders do not depend on who was absent.
         count = len(self.tasks)
         drawn = [torch.randperm(count, generator=self.generator).tolist() for _ in self.tasks]
-        present = [k for k, task in enumerate(self.tasks) if task in gradients]
+        present = [k for k, task in enumerate(self.tasks) if task in rows.gradients]
         if not present:
-            return [None] * len(self._parameters)
-        products = gram([gradients[self.tasks[k]] for k in present])
+            return rows.combine([])
+        products = rows.gram()
         orders = [[present.index(j) for j in drawn[i] if j in present and j != i] for i in present]
         coefficients = project_conflicts(products.tolist(), orders)
         if not products.isfinite().all():  # A scaler must see it, also in finite gradients.
@@ -133,7 +139,7 @@ class PCGrad(CombiningOptimizer):
         if self.reduction == "mean":
             coefficients = [c / len(present) for c in coefficients]
         self._seen.update(_describe(products, coefficients, present, count))
-        return combine(list(gradients.values()), coefficients)
+        return rows.combine(coefficients)
 
 
 def _describe(

@@ -133,7 +133,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         again: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
         """Moves the weights by one task's step; a gradient that overflowed is skipped."""
-        self._watch.combined = True
+        self._watch.in_turn = True
         skipped = self._unscale(optimizer)
         if task not in self._compared:
             self._compare(task)

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-MARK = "_mtlopt_applied"
+from mtlopt._shards import local
+
+MARK, MADE = "_mtlopt_applied", "_mtlopt_made"
 NOT_THE_USERS = tuple(
     os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__)
 )
@@ -23,8 +25,8 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.combined = False
-        """Whether what lies in `.grad` is the method's own making."""
+        self.in_turn = False
+        """Whether a task's update is part of a step on losses."""
         self.looked: set[str] = set()
         """The tasks whose graphs have been searched for the optimizer's parameters."""
         self._applied = False
@@ -45,7 +47,7 @@ class Watch:
         A mark lies on each gradient and holds its version, so a new gradient has none and one that
         was written to has an old one. What a scaler unscales keeps its version.
         """
-        self._applied, self.combined = True, False
+        self._applied = True
         for parameter in parameters:
             if (gradient := parameter.grad) is not None:
                 setattr(gradient, MARK, gradient._version)
@@ -56,6 +58,20 @@ class Watch:
                 f"For {EMPTY_STEPS} steps `losses` has brought none of the tasks {list(tasks)}, so "
                 "nothing was trained: do the names of the labels match those of the tasks?",
             )
+
+    def made(self, parameters: Sequence[Tensor]) -> None:
+        """Notes that a method has made what lies in `.grad`, which is to be applied."""
+        self._applied = False
+        for parameter in parameters:
+            if (gradient := parameter.grad) is not None:
+                setattr(gradient, MADE, True)
+
+    def is_made(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether a method has made what lies in `.grad`, if anything but zeros does."""
+        given = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return any(hasattr(gradient, MADE) for gradient in given) or not any(
+            local(gradient).any() for gradient in given
+        )
 
     def changed(self) -> None:
         """Notes that what lies in `.grad` from now on has not been applied."""

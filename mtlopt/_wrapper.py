@@ -86,7 +86,6 @@ class WrappedOptimizer(MultiTaskOptimizer):
         """
         self.base.zero_grad(set_to_none=set_to_none)
         self._watch.changed()
-        self._watch.combined = False
 
     def train(self) -> None:
         """Puts the wrapped optimizer in training mode, where it has modes (schedule-free)."""

@@ -14,11 +14,13 @@ PACKAGE = Path(mtlopt.__file__).parent
 
 # A module may import those of the lines before its own; a new one gets its place here.
 LAYERS = (
-    {"_classes", "_follower", "_losses", "_shards", "_watch"},
-    {"_balance", "_gradients", "_saved"},
+    {"_classes", "_follower", "_losses", "_shards"},
+    {"_balance", "_gradients", "_watch"},
+    {"_saved"},
     {"_base", "_distributed", "_passes"},
-    {"_build", "_collect", "_wrapper"},
-    {"_combining", "_conflicts", "_panel", "_sequential"},
+    {"_build", "_collect", "_rows", "_wrapper"},
+    {"_conflicts", "_features", "_panel", "_sequential"},
+    {"_combining"},
     {"_aggregated", "_alternating", "_gradnorm", "_independent", "_joint", "_pcgrad"},
 )
 OPTIONAL = {"matplotlib", "torchjd"}  # may be imported where they are used, not with the package

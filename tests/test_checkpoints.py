@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 
 import mtlopt
 from problems import SHARDS, TASKS, Network, batches, make_losses
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,
@@ -122,9 +122,9 @@ def work(rank: int, folder: str, ranks: int, save: bool) -> None:
 
 def test_a_run_on_two_ranks_goes_on_with_one_and_with_four(tmp_path: Path) -> None:
     """Weights, moments, schedules, learned weights, random orders and overrides."""
-    spawn(work, (str(tmp_path), 2, True), nprocs=2)
+    start(work, str(tmp_path), 2, True, ranks=2)
     work(0, str(tmp_path), 1, False)
-    spawn(work, (str(tmp_path), 4, False), nprocs=4)
+    start(work, str(tmp_path), 4, False, ranks=4)
     expected = torch.load(tmp_path / "saved.pt")
     for ranks in (1, 4):
         results = torch.load(tmp_path / f"{ranks}.pt")

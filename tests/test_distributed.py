@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import mtlopt
 from problems import SHARDS, TASKS, Network, batches
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,9 +140,9 @@ def work(rank: int, folder: str, ranks: int) -> None:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found, for all methods in one go: starting processes takes long."""
+    """What each rank found, for all methods in one go."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(work, (str(folder), request.param), nprocs=request.param)
+    start(work, str(folder), request.param, ranks=request.param)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -263,4 +263,4 @@ def lack(rank: int, folder: str) -> None:
 
 def test_ranks_that_do_not_match_are_an_error_on_all_not_a_deadlock(tmp_path: Path) -> None:
     """A task that one lacks, a model that nobody wrapped, and one that is wrapped wrongly."""
-    spawn(lack, (str(tmp_path),), nprocs=2)
+    start(lack, str(tmp_path), ranks=2)

@@ -276,6 +276,6 @@ def test_the_papers_toy_problem_improves_over_equal_weights(count: int) -> None:
     toy = GradNormToy(count)
     relative = {}
     for method in ("equal", "gradnorm"):
-        *_, (_, losses, _) = toy.train(method, steps=400, every=400)
+        *_, (_, losses, _) = toy.train(method, steps=200, every=200)
         relative[method] = losses.mean().item()
-    assert relative["gradnorm"] < 0.95 * relative["equal"], relative
+    assert relative["gradnorm"] < 0.9 * relative["equal"], relative

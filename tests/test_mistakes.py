@@ -166,7 +166,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an instance for a class": (
         of(lambda m: mtlopt.IndependentOptimizer(Adam(m.parameters()), m.parameters(), TASKS)),  # type: ignore[arg-type]  # on purpose
         TypeError,
-        "An instance has its parameters and options already: IndependentOptimizer(optimizer, tasks)",
+        "has its parameters and options already: IndependentOptimizer(optimizer, tasks)",
     ),
     "the number of tasks": (
         of(lambda m: mtlopt.PCGrad(SGD(m.parameters()), 3)),  # type: ignore[arg-type]  # on purpose

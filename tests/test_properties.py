@@ -83,7 +83,7 @@ def test_all_methods_find_the_minimum_of_two_quadratics_that_agree(
         optimizer = make(SGD, lr=0.05)(model)
         goal = torch.tensor([x, y], dtype=torch.float64)
         curvature = {"a": (1.0, 10.0), "b": (10.0, 1.0), "c": (1.0, 1.0)}
-        for _ in range(200):
+        for _ in range(40):  # Each leaves at most 0.45 of the error.
             optimizer.step(
                 lambda ts: {t: (torch.tensor(curvature[t]) * (w - goal) ** 2).sum() / 2 for t in ts}
             )

@@ -18,8 +18,8 @@ import mtlopt
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-# What the glaucoma study writes are tables that a page includes.
-OTHERS = (DOCS / "_build", DOCS / "study")
+# What the glaucoma study and the figures write are tables that a page includes.
+OTHERS = (DOCS / "_build", DOCS / "figures", DOCS / "study")
 PAGES = [
     README,
     *sorted(page for page in DOCS.rglob("*.md") if not set(OTHERS) & set(page.parents)),

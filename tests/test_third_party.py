@@ -256,7 +256,7 @@ def test_a_class_that_moves_the_weights_before_its_closure_gets_the_gradient_the
 def test_a_wrapper_that_is_no_torch_optimizer_is_refused() -> None:
     wrapper = schedulefree.ScheduleFreeWrapper(torch.optim.SGD(Network().parameters(), lr=0.1))
     with pytest.raises(
-        TypeError, match=r"`optimizer` must be an instance of a plain .*got <schedul"
+        TypeError, match=r"`optimizer` must be an instance of a plain .*got ScheduleFreeWrapper"
     ):
         mtlopt.JointOptimizer(wrapper, TASKS)
 
