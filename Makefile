@@ -8,13 +8,14 @@ PYTHONS ?= python3.10 python3.13
 BIN := $(VENV)/bin
 TORCH_FLOOR := $(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test lint docs floor matrix clean
+.PHONY: help demo test lint docs release floor matrix clean
 
 help:
 	@echo "make demo    train the glaucoma network on synthetic pictures, minutes on two cores"
 	@echo "make test    run all tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation into docs/_build/html"
+	@echo "make release  check the version and the changelog, build and check what is to be uploaded"
 	@echo "make floor   run the package's tests on the oldest torch supported ($(TORCH_FLOOR))"
 	@echo "make matrix  that, and all tests on the oldest and newest Python ($(PYTHONS))"
 	@echo "make clean   remove environments, caches and build products"
@@ -32,6 +33,12 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+release: $(VENV)/.dev
+	$(BIN)/python .ci/check_release.py
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 matrix: floor
 	@for python in $(PYTHONS); do \

@@ -37,7 +37,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def seconds(
-    cases: Mapping[str, Case], repetitions: int, device: str, warm_up: int = 1
+    cases: Mapping[str, Case],
+    repetitions: int,
+    device: str,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times the cases in turn, so that what slows the machine slows them alike.
 
@@ -49,11 +53,11 @@ def seconds(
         for name, case in cases.items():
             run = case()
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronize(device)
             if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
             del run
     return times
 

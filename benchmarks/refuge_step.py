@@ -30,16 +30,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import measured
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
-import study
-from data import Batch, Photographs
 from methods import build_network, build_optimizer, compile_network
-from phantoms import phantom_records
-from records import Record, file_record
+from photographs.data import Batch, Photographs
+from photographs.phantoms import phantom_records
+from photographs.records import Record, file_record
 from settings import Settings
+from study import tables
 from train import make_losses
 
 # Methods and the paper's seconds of one forward and backward pass (Titan Xp, torch 1.2).
-PUBLISHED = {"joint": ""} | {method: row[1] for method, row in study.PUBLISHED["table1"].items()}
+PUBLISHED = {"joint": ""} | {method: row[1] for method, row in tables.PUBLISHED["table1"].items()}
 WAYS = ("decoded", "float32", "tf32", "fast")
 ITERATIONS = 15_000  # 300 epochs of 400 pictures in batches of 8
 ORIGINAL = 2056  # pixels of REFUGE's training pictures in height

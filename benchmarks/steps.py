@@ -24,9 +24,9 @@ import measured
 import mtlopt
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
-from data import Batch
 from losses import task_losses
 from network import TASKS, MultiTaskUNet
+from photographs.data import Batch
 
 FLOORS = {
     "joint": "joint, by hand",

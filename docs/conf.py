@@ -33,7 +33,7 @@ html_css_files = ["site.css"]
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath", "attrs_block"]
 myst_heading_anchors = 3
 
 autodoc_inherit_docstrings = False  # torch's refer to names that torch's own pages define
@@ -46,13 +46,13 @@ napoleon_numpy_docstring = False
 nitpicky = True
 nitpick_ignore_regex = [
     # Other projects' names would need their inventories, and so the network.
-    ("py:.*", r"(torch|torchjd|matplotlib|collections|typing)\..*"),
+    ("py:.*", r"(torch|torchjd|lightning|transformers|matplotlib|collections|typing)\..*"),
 ]
 
 
 ROOT = Path(__file__).parents[1]
 FIGURES = {  # What figures/*.py write, and what they read beside the package
-    "gradient_norms.md": "examples/refuge/*.py",
+    "gradient_norms.md": "examples/refuge/**/*.py",
     "gradnorm_toy.png": "tests/gradnorm_toy.py",
     "tour.png": "docs/getting-started.md",
     "trajectories.png": "docs/figures/trajectories.py",

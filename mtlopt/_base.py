@@ -60,7 +60,10 @@ class MultiTaskOptimizer(Saved):
         self.generator = None
         self.scaler, self.check_finite, self.process_group = common
         if self.scaler is not None and not isinstance(self.scaler, torch.amp.GradScaler):
-            raise TypeError(f"`scaler` must be a torch.amp.GradScaler, got {self.scaler!r}.")
+            raise TypeError(
+                f"`scaler` must be a torch.amp.GradScaler, got {self.scaler!r}: "
+                "scaler=torch.amp.GradScaler()."
+            )
         # Sets up torch's tables of hooks; parameters are the methods' own business.
         Optimizer.__setstate__(self, {})
         self._watch = Watch()

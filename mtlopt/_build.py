@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from mtlopt._base import MultiTaskOptimizer
@@ -61,6 +62,11 @@ def _check_params(params: Iterable[Any]) -> Any:
     """Spends generators once, so that every task's optimizer gets the same parameters."""
     if isinstance(params, (Tensor, set)):
         return params  # torch has its say on these.
+    if isinstance(params, Module):
+        raise TypeError(
+            "`params` must be an iterable of parameters, such as `model.parameters()`, "
+            f"got a {type(params).__name__}."
+        )
     checked = [copied_group(item) if isinstance(item, dict) else item for item in params]
     if not checked:
         raise ValueError("`params` must hold at least one parameter, got none.")

@@ -262,7 +262,7 @@ class GradNorm(CombiningOptimizer):
             if sum(losses.values()) <= 0:
                 raise ValueError(
                     f"The loss of task {task!r} must be positive for GradNorm, got "
-                    f"{sum(losses.values())}."
+                    f"{sum(losses.values())}: choose mtlopt.PCGrad(optimizer, tasks)."
                 )
         for task, losses in own.items():
             pending = self._pending.setdefault(task, Pending())

@@ -73,7 +73,10 @@ class JointOptimizer(CombiningOptimizer):
         names = names_of(*self.tasks)
         given: Any = {} if weights is None else weights
         if not isinstance(given, Mapping):
-            raise TypeError(f"`weights` must be a mapping from task to number, got {weights!r}.")
+            raise TypeError(
+                f"`weights` must be a mapping from task to number, got {weights!r}: "
+                "weights=dict(zip(tasks, weights))."
+            )
         unknown = [name for name in given if name not in names]
         if unknown:
             raise ValueError(

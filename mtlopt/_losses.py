@@ -28,7 +28,9 @@ def names_of(*tasks: Task) -> tuple[str, ...]:
 def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
     """Returns the tasks as a tuple, or says what is wrong with them."""
     if isinstance(tasks, str) or not isinstance(tasks, Iterable):
-        raise TypeError(f"`tasks` must be an iterable of names, got {tasks!r}.")
+        raise TypeError(
+            f'`tasks` must be an iterable of names, got {tasks!r}: tasks=("left", "right").'
+        )
     checked = tuple(tuple(task) if isinstance(task, list) else task for task in tasks)
     if not checked:
         raise ValueError("`tasks` must name at least one task, got none.")
@@ -112,10 +114,9 @@ class Question:
                 torch.clear_autocast_cache()
             found = _call(self._losses, tuple(names), batch)
         if not isinstance(found, Mapping):
-            remedy = ": return dict(zip(tasks, losses))" if isinstance(found, (list, tuple)) else ""
             raise TypeError(
                 "`losses` must return a mapping from task to loss, "
-                f"got {type(found).__name__}{remedy}."
+                f"got {type(found).__name__}{remedy(found)}."
             )
         present = {}
         for name in names:
@@ -152,12 +153,19 @@ def sum_tensors(terms: Sequence[Tensor]) -> Tensor:
     return sum(terms[1:], terms[0])
 
 
+def remedy(losses: object) -> str:
+    """What to write where losses came without their names."""
+    if isinstance(losses, (list, tuple)):
+        return ": dict(zip(tasks, losses))"
+    return ': {"left": left_loss, "right": right_loss}' if isinstance(losses, Tensor) else ""
+
+
 def _call(losses: object, names: tuple[str, ...], batch: tuple[Any, ...]) -> Any:
     if not callable(losses):
-        remedy = ": dict(zip(tasks, losses))" if isinstance(losses, (list, tuple)) else ""
         raise TypeError(
             "`losses` must be a function losses(tasks, *batch) or a mapping from task to loss, "
-            f"got {type(losses).__name__}{remedy}."
+            f"got {type(losses).__name__}{remedy(losses)}. A function goes before its batch: "
+            "optimizer.step(losses, *batch)."
         )
     try:
         return losses(names, *batch)
@@ -171,8 +179,9 @@ def _call(losses: object, names: tuple[str, ...], batch: tuple[Any, ...]) -> Any
         except TypeError:
             raise TypeError(
                 "`losses` must take losses(tasks, *batch), here with "
-                f"{len(batch)} batch arguments, got a function that takes {signature}. "
-                "A closure in torch's sense goes in `closure=`, where the method has it."
+                f"{len(batch)} batch arguments, got a function that takes {signature}: "
+                "def losses(tasks, *batch). A closure in torch's sense goes in `closure=`, where "
+                "the method has it."
             ) from error
         raise
 
@@ -181,24 +190,28 @@ def _check_loss(name: str, loss: Any, check_finite: bool) -> Loss:
     value, count = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, 1)
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"The loss of task {name!r} must be a tensor, (tensor, count) or None, got {loss!r}."
+            f"The loss of task {name!r} must be a tensor, (tensor, count) or None, got {loss!r}"
+            + (": loss, not loss.item()." if isinstance(loss, float) else ".")
         )
     try:
         count = operator.index(count)
     except TypeError:
         raise TypeError(
-            f"The count of task {name!r} must be a whole number of samples, got {count!r}."
+            f"The count of task {name!r} must be a whole number of samples, got {count!r}: "
+            "(loss, int(count))."
         ) from None
     if count < 0:
         raise ValueError(f"The count of task {name!r} must not be negative, got {count}.")
     if value.numel() != 1:
         raise ValueError(
-            f"The loss of task {name!r} must be a scalar, got shape {tuple(value.shape)}."
+            f"The loss of task {name!r} must be a scalar, got shape {tuple(value.shape)}: "
+            "loss.mean()."
         )
     if not value.requires_grad:
         raise ValueError(
             f"The loss of task {name!r} must have a graph to differentiate, got a tensor without "
-            "one: it depends on no parameter that requires a gradient, or was detached."
+            "one: it depends on no parameter that requires a gradient, was detached (leave out "
+            ".detach()), or was computed in `torch.no_grad()`."
         )
     if check_finite and count and not torch.isfinite(value):
         raise ValueError(f"The loss of task {name!r} must be finite, got {value.item()}.")

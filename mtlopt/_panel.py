@@ -161,7 +161,7 @@ class Panel(MultiTaskOptimizer, Mapping[Task, Optimizer]):
         if not set_to_none:
             raise ValueError(
                 "`set_to_none` must be True, got False: with zero gradients weight decay would "
-                "move every head in every task's step."
+                "move every head in every task's step. Call optimizer.zero_grad()."
             )
         super().zero_grad()
         self._watch.changed()

@@ -1,7 +1,7 @@
 """SequentialOptimizer: the methods that step through the tasks in turn."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -83,14 +83,22 @@ class SequentialOptimizer(MultiTaskOptimizer):
                 f"{self._with_ready_losses}"
             )
         if not callable(losses):
-            remedy = ": dict(zip(tasks, losses))" if isinstance(losses, (list, tuple)) else ""
             raise TypeError(
                 "`losses` must be a function losses(tasks, *batch), before the batch, "
-                f"got {type(losses).__name__}{remedy}."
+                f"got {type(losses).__name__}: optimizer.step(losses, *batch)."
             )
 
     _without_losses: str
     _with_ready_losses: str
+
+    if not TYPE_CHECKING:  # Or every attribute would pass for one.
+
+        def __getattr__(self, name: str) -> Any:
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name == "backward":
+                text += ", since each task has a backward pass and a step of its own: "
+                text += "optimizer.step(losses, *batch)."
+            raise AttributeError(text, name=name, obj=self)
 
     @torch.enable_grad()
     def _backward(
@@ -162,7 +170,8 @@ def refuse_closure(closure: object) -> None:
     if closure is not None:
         raise TypeError(
             "`closure` must be None: each task has a loss of its own in `losses`. Where a "
-            "framework passes one, choose its manual optimization."
+            "framework passes one, choose its manual optimization, or subclass "
+            "mtlopt.lightning.MultiTaskModule."
         )
 
 

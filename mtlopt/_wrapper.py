@@ -38,7 +38,8 @@ class WrappedOptimizer(MultiTaskOptimizer):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 "`optimizer` must be an instance of a plain torch.optim.Optimizer, "
-                f"got {type(optimizer).__name__}."
+                f"got {type(optimizer).__name__}: "
+                f"{type(self).__name__}(torch.optim.Adam(params, lr=...), tasks)."
             )
         self.base = optimizer
         self._hook()

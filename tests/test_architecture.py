@@ -22,7 +22,11 @@ LAYERS = (
     {"_conflicts", "_features", "_panel", "_sequential"},
     {"_combining"},
     {"_aggregated", "_alternating", "_gradnorm", "_independent", "_joint", "_pcgrad"},
+    {"_frameworks"},
+    {"lightning", "transformers"},
 )
+# Imported by name alone, with their packages: `import mtlopt.lightning`.
+FRAMEWORKS = {"lightning": {"lightning"}, "transformers": {"accelerate", "transformers"}}
 OPTIONAL = {"matplotlib", "torchjd"}  # may be imported where they are used, not with the package
 
 
@@ -84,7 +88,8 @@ def test_a_module_imports_only_those_below_it(module: str) -> None:
 def test_a_module_needs_torch_and_the_standard_library_alone(module: str) -> None:
     for name, at_once in imports(PACKAGE / f"{module}.py"):
         root = name.split(".")[0]
-        inside = root in {"mtlopt", "torch"} or root in sys.stdlib_module_names
+        needed = {"mtlopt", "torch"} | FRAMEWORKS.get(module, set())
+        inside = root in needed or root in sys.stdlib_module_names
         assert inside or (not at_once and root in OPTIONAL), name
 
 
@@ -94,7 +99,7 @@ def test_importing_the_package_loads_no_optional_package() -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     ).stdout.split()
-    assert not OPTIONAL & set(loaded)
+    assert not (OPTIONAL | set().union(*FRAMEWORKS.values())) & set(loaded)
 
 
 def test_the_package_exports_names_from_its_modules_alone() -> None:

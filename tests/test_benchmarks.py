@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         ("combination.py", ["--tasks", "2"], 2),
         ("steps.py", ["--width", "8", "--size", "32", "--memory", "joint"], 12),
         ("overhead.py", [], 3),
+        ("features.py", ["--tasks", "2", "--size", "32", "--width", "4"], 12),
         ("refuge_step.py", [*SMALL, "--eager"], 1 + 2),  # Its header has numbers too.
     ],
 )

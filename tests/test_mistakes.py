@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,14 +165,14 @@ def of(make: Callable[[Any], Any]) -> Callable[[], Any]:
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an instance for a class": (
-        of(lambda m: mtlopt.IndependentOptimizer(Adam(m.parameters()), m.parameters(), TASKS)),  # type: ignore[arg-type]  # on purpose
+        of(lambda m: mtlopt.IndependentOptimizer(Adam(m.parameters()), m.parameters(), TASKS)),  # type: ignore[call-overload]  # on purpose
         TypeError,
         "has its parameters and options already: IndependentOptimizer(optimizer, tasks)",
     ),
     "the number of tasks": (
         of(lambda m: mtlopt.PCGrad(SGD(m.parameters()), 3)),  # type: ignore[arg-type]  # on purpose
         TypeError,
-        "`tasks` must be an iterable of names, got 3.",
+        "`tasks` must be an iterable of names, got 3: tasks=",
     ),
     "parameters for tasks": (
         of(lambda m: mtlopt.IndependentOptimizer(Adam, m.parameters(), m.parameters())),
@@ -181,12 +182,12 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a flag for the scaler": (
         of(lambda m: METHODS["pcgrad"](m, scaler=True)),
         TypeError,
-        "`scaler` must be a torch.amp.GradScaler, got True.",
+        "`scaler` must be a torch.amp.GradScaler, got True: ",
     ),
     "a list of weights": (
         of(lambda m: mtlopt.JointOptimizer(SGD(m.parameters()), TASKS, [1.0, 0.5])),  # type: ignore[arg-type]  # on purpose
         TypeError,
-        "`weights` must be a mapping from task to number, got [1.0, 0.5].",
+        "`weights` must be a mapping from task to number, got [1.0, 0.5]: ",
     ),
     "no number for a weight": (
         of(lambda m: mtlopt.JointOptimizer(SGD(m.parameters()), TASKS, {"a": None})),  # type: ignore[dict-item]  # on purpose
@@ -228,7 +229,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             )
         ),
         TypeError,
-        "`losses` must be a function losses(tasks, *batch), before the batch, got Tensor.",
+        "`losses` must be a function losses(tasks, *batch), before the batch, got Tensor: ",
     ),
 }
 
@@ -247,3 +248,87 @@ def test_a_closure_from_a_framework_says_what_the_framework_must_leave_alone() -
     with pytest.raises(TypeError, match="manual optimization"):
         optimizer.step(closure=lambda: plain_backward(model))
     assert_equal(snapshot(model), before)
+
+
+def pcgrad(model: Network) -> Any:
+    return METHODS["pcgrad"](model)
+
+
+def independent(model: Network) -> Any:
+    return mtlopt.IndependentOptimizer(SGD, model.parameters(), TASKS, lr=0.1)
+
+
+def stepping(make: Callable[[Any], Any], change: Callable[[Any], Any]) -> Callable[[], Any]:
+    """A step whose `losses` returns what `change` makes of the losses."""
+
+    def run() -> None:
+        model = Network()
+        losses = make_losses(model)
+        make(model).step(lambda tasks, x, y: change(losses(tasks, x, y)), *batches(1)[0])
+
+    return run
+
+
+def each(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda found: {task: change(loss) for task, loss in found.items()}
+
+
+def step_on_a_sum(model: Network) -> None:
+    plain_backward(model)
+    pcgrad(model).step()
+
+
+def step_twice(model: Network) -> None:
+    optimizer = pcgrad(model)
+    optimizer.step(make_losses(model), *batches(1)[0])
+    optimizer.step()
+
+
+def step_on_features_from_outside(model: Network) -> None:
+    x, y = batches(1)[0]
+    outputs = model(x, TASKS)
+    independent(model).step(lambda tasks: {t: ((outputs[t] - y[t]) ** 2).mean() for t in tasks})
+
+
+Wrong: Any = mtlopt  # Without its types: every call below is a mistake.
+TYPICAL: list[Callable[[], Any]] = [  # in the order of the documentation's table
+    of(lambda m: Wrong.IndependentOptimizer(Adam, TASKS)),
+    of(lambda m: Wrong.IndependentOptimizer(Adam, m, TASKS)),
+    of(lambda m: Wrong.PCGrad(m.parameters(), TASKS)),
+    of(lambda m: Wrong.PCGrad(Adam, TASKS)),
+    of(lambda m: Wrong.PCGrad(SGD(m.parameters()), 2)),
+    of(lambda m: METHODS["pcgrad"](m, scaler=True)),
+    of(lambda m: Wrong.JointOptimizer(SGD(m.parameters()), TASKS, [1.0, 0.5])),
+    of(lambda m: Wrong.GradNorm(SGD(m.parameters()), TASKS, shared=m.trunk)),
+    of(lambda m: pcgrad(m).step(*batches(1)[0], make_losses(m))),
+    of(lambda m: independent(m).step(make_losses(m)(TASKS, *batches(1)[0]))),
+    of(lambda m: independent(m).backward(make_losses(m)(TASKS, *batches(1)[0]))),
+    of(lambda m: (plain_backward(m), independent(m).step())),
+    of(step_on_features_from_outside),
+    stepping(pcgrad, lambda found: sum(found.values())),
+    stepping(pcgrad, lambda found: list(found.values())),
+    stepping(pcgrad, each(lambda loss: loss.item())),
+    stepping(pcgrad, each(lambda loss: loss.expand(4))),
+    stepping(pcgrad, each(lambda loss: loss.detach())),
+    stepping(pcgrad, each(lambda loss: (loss, 0.5))),
+    of(lambda m: pcgrad(m).step(lambda x: make_losses(m)(TASKS, x, {}), *batches(1)[0])),
+    of(step_on_a_sum),
+    of(step_twice),
+    of(lambda m: independent(m).zero_grad(set_to_none=False)),
+    of(lambda m: independent(m).step(closure=lambda: plain_backward(m))),
+    stepping(METHODS["gradnorm"], each(lambda loss: -loss)),
+]
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "errors.md"
+ROWS = re.findall(r"^\| .*`.* \| `(.*)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_each_row_of_the_page_has_its_mistake() -> None:
+    assert len(ROWS) == len(TYPICAL) >= 20
+
+
+@pytest.mark.parametrize(("mistake", "line"), list(zip(TYPICAL, ROWS, strict=False)), ids=ROWS)
+def test_a_typical_mistake_ends_in_the_line_to_write(mistake: Callable[[], Any], line: str) -> None:
+    """Errors and warnings alike: here, warnings are errors."""
+    kinds = (AttributeError, RuntimeError, TypeError, UserWarning, ValueError)
+    with pytest.raises(kinds, match=re.escape(line)):
+        mistake()

@@ -99,9 +99,9 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
             printed = capsys.readouterr().out
 
 
+@pytest.mark.parametrize("diff", blocks(README, "diff"), ids=["ready", "function"])
 @pytest.mark.parametrize("sign", ["-", "+"])
-def test_the_loop_trains_before_and_after_the_diff(sign: str) -> None:
-    (diff,) = blocks(README, "diff")
+def test_the_loop_trains_before_and_after_the_diff(diff: str, sign: str) -> None:
     names = surroundings()
     before = [parameter.clone() for parameter in names["model"].parameters()]
     exec(compile(variant(diff, sign), str(README), "exec"), names)
@@ -111,9 +111,15 @@ def test_the_loop_trains_before_and_after_the_diff(sign: str) -> None:
     assert isinstance(names["optimizer"], mtlopt.MultiTaskOptimizer) == (sign == "+")
 
 
+def test_the_first_page_shows_the_readmes_first_diff_abridged() -> None:
+    (short,) = blocks(DOCS / "index.md", "diff")
+    whole = blocks(README, "diff")[0].splitlines()
+    assert set(short.splitlines()) - {""} <= set(whole)
+
+
 def test_both_sides_of_the_diff_minimise_the_same_sum() -> None:
     """The reader changes the method and nothing else."""
-    (diff,) = blocks(README, "diff")
+    _, diff = blocks(README, "diff")
     before = surroundings()
     before["loader"] = before["loader"][:1]
     after = dict(before, model=copy.deepcopy(before["model"]), loader=[])
@@ -127,7 +133,8 @@ def test_both_sides_of_the_diff_minimise_the_same_sum() -> None:
 def test_a_page_names_only_what_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     names = set(re.findall(r"\bmtlopt\.([A-Za-z]\w*)", text))
-    assert all(hasattr(mtlopt, name) for name in names), names
+    modules = {file.stem for file in (ROOT / "mtlopt").glob("[a-z]*.py")}
+    assert all(hasattr(mtlopt, name) or name in modules for name in names), names
 
 
 def test_the_readme_links_only_to_files_that_exist() -> None:

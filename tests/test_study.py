@@ -32,7 +32,7 @@ class Problem:
 
     def __init__(self, seed):
         self.draw = torch.Generator().manual_seed(seed)
-        self.model = torch.nn.Linear(3, 2)
+        self.model = self.features = torch.nn.Linear(3, 2)
         self.shared = list(self.model.parameters())
 
     def batches(self):

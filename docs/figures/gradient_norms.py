@@ -7,9 +7,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "refuge"))
 import mtlopt
-from data import load_splits
 from methods import build_network
 from network import TASKS
+from photographs.data import load_splits
 from settings import Settings
 from train import make_losses
 

@@ -4,71 +4,21 @@ python examples/integrations/with_accelerate.py --method pcgrad
 python examples/integrations/with_accelerate.py --precision bf16 --accumulate 2
 python examples/integrations/with_accelerate.py --folder runs/accelerate
 python examples/integrations/with_accelerate.py --resume runs/accelerate/20
+accelerate launch --cpu --num_processes 2 examples/integrations/with_accelerate.py
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
-from torch.utils.data import DataLoader, default_collate
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.utils.data import DataLoader
 
-import mtlopt
-
-METHODS = ("independent", "joint", "pcgrad", "gradnorm")
-TASKS = ("price", "days", "sold")
-Batch = Mapping[str, Tensor]
-
-
-class Network(nn.Module):
-    """A trunk too narrow for the tasks not to disturb one another, and a head per task."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2), nn.Tanh())
-        self.heads = nn.ModuleDict({task: nn.Linear(2, 1) for task in TASKS})
-
-    def forward(self, inputs: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-        features = self.trunk(inputs)
-        return {task: self.heads[task](features).squeeze(1) for task in tasks}
-
-
-def make_data(count: int) -> list[dict[str, Tensor]]:
-    """Draws things to sell, and three targets that differ in kind and in scale."""
-    inputs = torch.randn(count, 8)
-    cost, rarity, demand = (inputs @ torch.randn(8, 3) / 8**0.5).T
-    sold = (demand > cost).float()
-    columns = (inputs, 4 * cost, torch.tanh(rarity - cost), sold)
-    return [dict(zip(("inputs", *TASKS), row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def evaluate(model: nn.Module, tasks: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-    outputs = model(batch["inputs"], tasks)
-    criteria: dict[str, Any] = dict.fromkeys(TASKS, mse_loss)
-    criteria["sold"] = binary_cross_entropy_with_logits
-    return {task: criteria[task](outputs[task], batch[task]) for task in tasks}
-
-
-def make_optimizer(
-    method: str, model: Network, scaler: torch.amp.GradScaler | None = None
-) -> mtlopt.MultiTaskOptimizer:
-    """The one line that differs."""
-    parameters, last = list(model.parameters()), model.trunk[-2].parameters()
-    adam = torch.optim.Adam(parameters, lr=0.01)
-    if method == "independent":
-        return mtlopt.IndependentOptimizer(
-            torch.optim.Adam, parameters, TASKS, lr=0.01, scaler=scaler
-        )
-    if method == "joint":
-        return mtlopt.JointOptimizer(adam, TASKS, scaler=scaler)
-    if method == "pcgrad":
-        return mtlopt.PCGrad(adam, TASKS, scaler=scaler)
-    return mtlopt.GradNorm(adam, TASKS, shared=last, scaler=scaler)
+from goods import METHODS, Batch, Network, Report, evaluate, make_data, wrap
 
 
 def main(arguments: Sequence[str] | None = None) -> Network:
@@ -83,17 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> Network:
     torch.set_num_threads(1)  # The network is too small for more.
     torch.manual_seed(0)
 
-    # No `gradient_accumulation_steps`: the optimizer averages micro-batches, task by task.
-    accelerator = Accelerator(cpu=True, mixed_precision=options.precision)
-    data: Any = make_data(512)
+    data = make_data(512)
     network = Network()
-    everything = default_collate(data)
-    before = evaluate(network, TASKS, everything)
+    report = Report(network, data)
+
+    # No `gradient_accumulation_steps`: the optimizer averages micro-batches, task by task.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=options.precision, kwargs_handlers=[unused])
+    # A step per task: DDP reduces each gradient. The other methods do so themselves.
+    own = options.method != "independent" and accelerator.num_processes > 1
+    group = {"process_group": dist.group.WORLD} if own else {}
+    adam = torch.optim.Adam(network.parameters(), lr=0.01)
     # `accelerator.scaler` is None but for fp16, which wants a GPU; `save_state` saves it.
-    optimizer = make_optimizer(options.method, network, accelerator.scaler)
+    optimizer = wrap(options.method, network, adam, scaler=accelerator.scaler, **group)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.997)
     loader: Any = DataLoader(data, batch_size=64 // options.accumulate, shuffle=True)
-    model, _, loader, schedule = accelerator.prepare(network, optimizer, loader, schedule)
+    prepared, _, loader = accelerator.prepare(network, optimizer, loader)
+    # Not prepared: Accelerate would step it once for each process.
+    accelerator.register_for_checkpointing(schedule)
+    model = accelerator.unwrap_model(prepared) if own else prepared
 
     first = 0
     if options.resume:
@@ -104,17 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> Network:
         for batch in loader:
             micro_batches.append(batch)
             if len(micro_batches) == options.accumulate:
-                # Accelerate's wrapper takes no losses in `step`: behind it is the optimizer itself.
+                # Not Accelerate's wrapper of it, whose `step` takes no losses.
                 optimizer.step(partial(evaluate, model), micro_batches=micro_batches)
                 schedule.step()
                 micro_batches = []
         if options.folder and (epoch + 1) % 10 == 0:
             accelerator.save_state(str(options.folder / str(epoch + 1)))
-    after = evaluate(network, TASKS, everything)
-
-    accelerator.print(f"{options.method}, {options.epochs} epochs\ntask    before    after")
-    for task in TASKS:
-        accelerator.print(f"{task:6} {before[task].item():7.3f}  {after[task].item():7.3f}")
+    if accelerator.is_main_process:
+        report.show(f"{options.method}, {options.epochs} epochs")
     return network
 
 

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import make_folder, write_json
-from data import describe, load_splits
+from checkpoint import make_folder
 from errors import InputError, report_errors
-from evaluation import evaluate
-from repacked import SPLITS
-from report import format_table, missing_ratios, write_predictions
-from runs import open_run
+from measurement.evaluation import evaluate
+from measurement.operating import read_point
+from measurement.report import missing_ratios, write_measured
+from photographs.data import describe
+from photographs.repacked import SPLITS
+from runs import load_photographs, open_run
 from settings import Parser, complete
 
 
@@ -32,21 +33,17 @@ def measure(options: argparse.Namespace) -> None:
         raise InputError("`--data` needs `--out`: the run folder is for the run's own photographs.")
     trained, settings = open_run(options.run, options.device)
     if options.data:
-        settings = replace(settings, data=complete({"data": options.data})["data"])
+        settings = replace(settings, data=complete({"data": options.data})["data"], fold="")
     split, source = options.split, describe(settings.data)
     cache = (options.out or options.run).parent / ".cache"
-    photographs = load_splits(settings.data, settings.size, settings.seed, cache, [split])[split]
+    photographs = load_photographs(settings, cache, [split])[split]
     evaluation = evaluate(trained, photographs)
+    point, reason = read_point(options.run)
     out = options.out or options.run
     make_folder(out)
-    facts = {"data": source, "split": split, "photographs": len(photographs)}
-    facts["notes"] = missing_ratios(evaluation)
-    write_predictions(out / f"predictions-{split}.csv", photographs, evaluation)
-    write_json(out / f"metrics-{split}.json", facts | evaluation.metrics)
-    print(f"{options.run}: {len(photographs)} {split} pictures, {source}")
-    print(format_table(evaluation.metrics, settings.size))
-    for note in facts["notes"]:
-        print(f"note: {note}")
+    notes = [*([reason] if reason else []), *missing_ratios(evaluation)]
+    facts = {"split": split, "photographs": len(photographs), "notes": notes}
+    write_measured(out, split, source, photographs, evaluation, point, facts)
 
 
 def _parser() -> argparse.ArgumentParser:

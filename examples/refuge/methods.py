@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import mtlopt
 from errors import InputError
 from network import TASKS, MultiTaskUNet, SingleTaskNetworks
 from pretrained import load_pretrained
-from settings import Settings
+from settings import AGGREGATED, Settings
 
 Network = MultiTaskUNet | SingleTaskNetworks
 Objective = str | tuple[str, ...]
@@ -101,8 +101,32 @@ def build_optimizer(
         # The last layer that all four tasks share: glaucoma branches off after the encoder.
         shared = network.encoder_convolutions()[-1].parameters()
         return mtlopt.GradNorm(adam, objectives, shared=shared, **common)
-    aggregator = build_aggregator(method.removeprefix("torchjd:"))
+    aggregator = build_aggregator(method.removeprefix(AGGREGATED))
     return mtlopt.Aggregated(adam, objectives, aggregator, **common)
+
+
+def check_annotations(settings: Settings, known: Mapping[str, Tensor]) -> None:
+    """Refuses what would end in the middle of an epoch, in a batch that lacks a task.
+
+    Args:
+        settings: Of the run.
+        known: For each task, whether each training picture is annotated.
+
+    Raises:
+        InputError: The aggregator keeps a state of every task, and a picture lacks one.
+    """
+    if not settings.method.startswith(AGGREGATED):
+        return
+    aggregator = build_aggregator(settings.method.removeprefix(AGGREGATED))
+    from torchjd import Stateful  # noqa: PLC0415  # optional
+
+    lacking = {task: int((~each).sum()) for task, each in known.items() if not each.all()}
+    if lacking and any(isinstance(part, Stateful) for part in aggregator.modules()):
+        task, count = next(iter(lacking.items()))
+        raise InputError(
+            f"`--method {settings.method}` keeps a state of every task and needs all of them on "
+            f"every training picture; {task} is not annotated on {count} of {len(known[task])}."
+        )
 
 
 def build_aggregator(name: str) -> nn.Module:

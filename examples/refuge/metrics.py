@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 Mask = NDArray[np.bool_]
 Array = NDArray[np.float64]
@@ -64,6 +64,16 @@ def rates(
     """Sensitivity and specificity at a threshold; None for a class that is not there."""
     right = ((probabilities >= threshold) == labels).astype(float)
     return mean(right[labels == 1]), mean(right[labels == 0])
+
+
+def reference_sensitivity(
+    labels: NDArray[np.integer], probabilities: Array, specificity: float
+) -> float | None:
+    """Sensitivity at a specificity, between two thresholds by a straight line, as REFUGE has it."""
+    if len(np.unique(labels)) < 2:
+        return None
+    false, true, _ = roc_curve(labels, probabilities)
+    return float(np.interp(1 - specificity, false, true))
 
 
 def mean(values: Array) -> float | None:

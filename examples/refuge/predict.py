@@ -1,8 +1,9 @@
-"""Says what a trained network sees in photographs of any size.
+"""Says what a trained network sees in photographs of any size, and whom it would refer.
 
-Writes predictions.csv, and for each photograph masks/NAME.png (0 cup, 128 rim, 255 background, at
-the original size) and overlays/NAME.png. `--submission` writes instead what REFUGE's own evaluation
-reads: segmentation/NAME.bmp, classification_results.csv and fovea_localization_results.csv.
+Writes report.html with a card for each eye, predictions.csv, and for each photograph masks/NAME.png
+(0 cup, 128 rim, 255 background, at the original size) and overlays/NAME.png. `--submission` writes
+instead what REFUGE's own evaluation reads: segmentation/NAME.bmp, classification_results.csv and
+fovea_localization_results.csv.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +23,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import make_folder, write_csv, write_whole
-from data import shrink
 from errors import InputError, report_errors
-from evaluation import Trained, diagnose, summarise
-from figures import outline, save
+from measurement.evaluation import SecondLook, Trained, diagnose, look_again, summarise
+from measurement.figures import outline, save
+from measurement.operating import RULES, OperatingPoint, read_point
+from measurement.page import Card, write_page
+from measurement.report import show_rates
 from metrics import largest_component
 from network import TASKS
-from records import file_record
+from photographs.data import describe, shrink
+from photographs.records import file_record
 from runs import open_run
 from settings import Parser
 
@@ -45,6 +50,8 @@ class Finding:
         fovea: x and y in the photograph's pixels, or None.
         ratio: vCDR, measured on the masks of the network's own size.
         probabilities: Of glaucoma, by name of classifier.
+        risk: Their average, calibrated on validation; NaN where the run is not calibrated.
+        verdict: "refer", "no sign", "ungradable", or "" where the run has no threshold.
     """
 
     picture: Image.Image
@@ -52,15 +59,25 @@ class Finding:
     fovea: Array | None
     ratio: float
     probabilities: Mapping[str, float]
+    risk: float
+    verdict: str
 
 
-def examine(trained: Trained, file: Path, size: int) -> Finding:
+def examine(
+    trained: Trained,
+    file: Path,
+    size: int,
+    point: OperatingPoint | None = None,
+    rule: str = "specificity",
+) -> Finding:
     """Shows one photograph to a network.
 
     Args:
         trained: The network.
         file: The photograph.
         size: Side of the network's input.
+        point: How the run decides, where it does.
+        rule: Which of its thresholds.
 
     Raises:
         InputError: The file is no readable picture.
@@ -68,16 +85,37 @@ def examine(trained: Trained, file: Path, size: int) -> Finding:
     picture, _ = file_record(file, None, frozenset(), None, None).read()
     answer = trained.ask(torch.from_numpy(shrink(picture, size).copy())[None].float() / 255)
     predictions = summarise([answer])
-    mask = fovea = None
+    mask = fovea = seen = None
+    if trained.second_pass and len(predictions.masks) == 2:
+        seen = look_again(trained, picture, predictions.masks["disc"][0])
+    if seen:
+        predictions.ratios[0] = seen.ratio
     if "disc" in answer:
         disc = largest_component(_enlarge(answer["disc"], picture.size) > 0.5)
         mask = np.where(disc, 128, 255).astype(np.uint8)
         if "cup" in answer:
-            mask[disc & largest_component(_enlarge(answer["cup"], picture.size) > 0.5)] = 0
+            cup = _place(seen, picture.size) if seen else _enlarge(answer["cup"], picture.size)
+            mask[disc & largest_component(cup > 0.5)] = 0
     if predictions.points is not None:
         fovea = (predictions.points[0] + 0.5) * np.array(picture.size) / size - 0.5
     said = {name: float(p[0]) for name, p in diagnose(predictions, trained.classifier).items()}
-    return Finding(picture, mask, fovea, float(predictions.ratios[0]), said)
+    risk, verdict = (float("nan"), "") if point is None else judge(trained, said, point, rule)
+    return Finding(picture, mask, fovea, float(predictions.ratios[0]), said, risk, verdict)
+
+
+def judge(
+    trained: Trained, said: Mapping[str, float], point: OperatingPoint, rule: str
+) -> tuple[float, str]:
+    """Calibrates the average of both classifiers and compares it with the threshold.
+
+    A photograph on which one of them is silent was not judged as those that the threshold was
+    chosen on: no disc in it means that somebody should look.
+    """
+    risk = float(point.calibration.probabilities(np.array(said["both"])))
+    lost = trained.classifier is not None and np.isnan(said["vcdr"])
+    if np.isnan(risk) or lost:
+        return risk, "ungradable"
+    return risk, "refer" if risk >= point.thresholds[rule] else "no sign"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,28 +131,78 @@ def predict(options: argparse.Namespace) -> None:
     stems = [file.stem for file in options.pictures]
     if twice := [file for file in options.pictures if stems.count(file.stem) > 1]:
         raise InputError(f"{twice[-1]}: another picture has the same name; give them one by one.")
+    point, reason = read_point(options.run)
+    if point and options.rule not in point.thresholds:
+        point, reason = None, f"no decision threshold by the rule {options.rule}."
+    how = explain(point, reason, options.rule)
     # One at a time: a test split of full-size masks would fill the memory.
     pictures = tqdm(options.pictures, unit="picture", disable=None)
-    findings = ((file, examine(trained, file, settings.size)) for file in pictures)
-    (write_submission if options.submission else write_findings)(options.out, findings)
+    findings = (
+        (file, examine(trained, file, settings.size, point, options.rule)) for file in pictures
+    )
+    if options.submission:
+        write_submission(options.out, findings)
+    else:
+        write_findings(options.out, findings, describe(settings.data), how)
+        print(how)
     print(f"{options.out}: {len(stems)} pictures")
 
 
-def write_findings(out: Path, findings: Iterable[tuple[Path, Finding]]) -> None:
-    """Writes a table, and masks and overlays as pictures."""
-    rows = []
+def explain(point: OperatingPoint | None, reason: str, rule: str) -> str:
+    """Says when a photograph is referred, and what that is worth, in one line."""
+    if point is None:
+        return reason
+    found, split = point.test.get(rule), "test"
+    if not found or None in (found["sensitivity"], found["specificity"]):
+        found, split = point.validation[rule], "validation"
+    both = ("sensitivity", "specificity")
+    intervals: dict[str, Any] = {name: found.get(f"{name}_interval") for name in both}
+    return (
+        f"refer at a calibrated probability of at least {point.thresholds[rule]:.3f} "
+        f"({RULES[rule]}); on the {split} split {show_rates(found, '', intervals)}."
+    )
+
+
+def write_findings(
+    out: Path, findings: Iterable[tuple[Path, Finding]], source: str, how: str
+) -> None:
+    """Writes a page and a table, and masks and overlays as pictures.
+
+    Args:
+        out: Where to.
+        findings: Of each photograph.
+        source: What the network was trained on.
+        how: When a photograph is referred.
+    """
+    rows, cards = [], []
     for file, finding in findings:
         if finding.mask is not None:
             _write_mask(out / "masks" / f"{file.stem}.png", finding.mask)
         make_folder(out / "overlays")
-        draw(out / "overlays" / f"{file.stem}.png", file.name, finding)
+        draw(out / "overlays" / f"{file.stem}.png", finding)
         x, y = (None, None) if finding.fovea is None else finding.fovea
         p = finding.probabilities
-        numbers = (p["both"], p["fc"], p["vcdr"], finding.ratio, x, y)
-        rows.append([file.name, *map(_number, numbers)])
+        numbers = (p["both"], p["fc"], p["vcdr"], finding.ratio, x, y, finding.risk)
+        rows.append([file.name, *map(_number, numbers), finding.verdict])
+        cards.append(
+            Card(
+                name=file.name,
+                picture=f"overlays/{file.stem}.png",
+                verdict=finding.verdict,
+                numbers={
+                    "vCDR": finding.ratio,
+                    "calibrated probability": finding.risk,
+                    "network's head": p["fc"],
+                    "from vCDR": p["vcdr"],
+                    "average": p["both"],
+                },
+            )
+        )
     make_folder(out)
     header = ["photograph", "probability", "probability_fc", "probability_vcdr", "vcdr"]
-    write_csv(out / "predictions.csv", [*header, "fovea_x", "fovea_y"], rows)
+    header += ["fovea_x", "fovea_y", "risk", "verdict"]
+    write_csv(out / "predictions.csv", header, rows)
+    write_page(out / "report.html", cards, source, how)
 
 
 def write_submission(out: Path, findings: Iterable[tuple[Path, Finding]]) -> None:
@@ -132,22 +220,26 @@ def write_submission(out: Path, findings: Iterable[tuple[Path, Finding]]) -> Non
     write_csv(out / "fovea_localization_results.csv", columns, foveas)
 
 
-def draw(file: Path, name: str, finding: Finding) -> None:
-    """Draws outlines of disc and cup and the fovea over a photograph."""
+def draw(file: Path, finding: Finding) -> None:
+    """Draws outlines of disc and cup and the fovea over a photograph, the disc again enlarged."""
     width, height = finding.picture.size
-    figure = Figure(figsize=(5, 5 * height / width + 0.4), layout="constrained")
-    ax = figure.subplots()
-    ax.axis("off")
-    ax.imshow(np.asarray(finding.picture))
-    if finding.mask is not None:
-        outline(ax, finding.mask < 255, MARK, "solid")
-        outline(ax, finding.mask == 0, MARK, "dashed")
+    pixels = np.asarray(finding.picture)
+    disc = np.zeros((height, width), bool) if finding.mask is None else finding.mask < 255
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if disc.any() else 1, squeeze=False)[0]
+    for ax in axes:
+        ax.axis("off")
+        ax.imshow(pixels)
+        outline(ax, disc, MARK, "solid")
+        if finding.mask is not None:
+            outline(ax, finding.mask == 0, MARK, "dashed")
     if finding.fovea is not None:
-        ax.plot(*finding.fovea, "x", color=MARK, markersize=9)
-    probability, ratio = finding.probabilities["both"], finding.ratio
-    said = [] if np.isnan(probability) else [f"glaucoma {probability:.2f}"]
-    said += [] if np.isnan(ratio) else [f"vCDR {ratio:.2f}"]
-    ax.set_title(", ".join([name, *said]), fontsize=9)
+        axes[0].plot(*finding.fovea, "x", color=MARK, markersize=9)
+    if disc.any():
+        rows, columns = np.nonzero(disc)
+        reach = 1.1 * max(int(np.ptp(rows)), int(np.ptp(columns)), 4)
+        axes[1].set_xlim(columns.mean() - reach, columns.mean() + reach)
+        axes[1].set_ylim(rows.mean() + reach, rows.mean() - reach)
     save(figure, file)
 
 
@@ -156,6 +248,16 @@ def _enlarge(probabilities: Array, size: tuple[int, int]) -> Array:
     maps = torch.from_numpy(probabilities)[None, None]
     large = torch.nn.functional.interpolate(maps, size[::-1], mode="bilinear", antialias=True)
     return large[0, 0].numpy()
+
+
+def _place(seen: SecondLook, size: tuple[int, int]) -> Array:
+    """Enlarges the cup of a second look to its place in a photograph of a width and height."""
+    left, _, right, bottom = seen.box
+    side = right - left
+    # The box may reach out of the photograph, by less than its own side.
+    whole = np.zeros((size[1] + 2 * side, size[0] + 2 * side))
+    whole[bottom : bottom + side, right : right + side] = _enlarge(seen.cup, (side, side))
+    return whole[side : side + size[1], side : side + size[0]]
 
 
 def _write_mask(file: Path, mask: NDArray[np.uint8]) -> None:
@@ -174,10 +276,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(submission=False, device="auto")
+    parser.set_defaults(submission=False, device="auto", rule="specificity")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    rules = "; ".join(f"{name}: {what}" for name, what in RULES.items())
+    parser.add_argument("--rule", choices=tuple(RULES), help=f"when to refer ({rules})")
     parser.add_argument("--submission", action="store_true", help="in the challenge's own form")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser

@@ -61,6 +61,9 @@ class Processes:
         return value  # type: ignore[return-value]  # None only with a reason
 
 
+ALONE = Processes()
+
+
 @contextmanager
 def start_processes(device: torch.device) -> Iterator[Processes]:
     """Joins the processes that torchrun started, each with a GPU of its own where they use any."""

@@ -14,12 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from checkpoint import make_folder
-from data import describe, load_splits
 from errors import InputError, report_errors
 from methods import build_aggregator
-from runs import open_run
+from photographs.data import describe
+from runs import load_photographs, open_run
 from settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
-from study import (
+from study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
+from study.tables import (
     FinishedRun,
     choose_rates,
     read_run,
@@ -27,7 +28,6 @@ from study import (
     write_runs,
     write_table,
 )
-from study_figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
 from train import train
 
 METHODS = {
@@ -46,13 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def reproduce(options: argparse.Namespace) -> None:
     """Trains what is missing, then writes tables and figures."""
     given = vars(options)
-    what, home, seeds = given.pop("what"), given.pop("out"), given.pop("seeds")
+    what, home, folds = given.pop("what"), given.pop("out"), given.pop("folds")
+    seeds = given.pop("seeds", 1 if folds else 3)
     methods = given.pop("methods") or METHODS[what]
     rates = given.pop("lr", None) or (RATES if what == "lr-sweep" else (Settings().lr,))
     if what == "table2":
         given = {"pretrained": "imagenet", "width": 64} | given
+    given = {"norm": "batch"} | given  # as published
     if seeds < 1:
         raise InputError(f"`--seeds` must be at least 1, got {seeds}.")
+    if folds and folds < 3:
+        raise InputError(f"`--folds` must be at least 3, got {folds}.")
+    given["fold"] = f"1/{folds}" if folds else ""
     base = Settings(**complete(given))
     plans = [plan(base, method, lr) for method in methods for lr in rates]
     out, title = home / what, describe_runs(base)
@@ -70,12 +75,14 @@ def reproduce(options: argparse.Namespace) -> None:
 
     chosen = choose_rates(swept) if swept else dict.fromkeys(methods, rates[0])
     runs = [
-        finish(replace(plan(base, method, lr), seed=base.seed + seed), home)
+        finish(replace(plan(base, method, lr), seed=base.seed + seed, fold=fold), home)
         for method, lr in chosen.items()
         for seed in range(seeds)
+        for fold in ([f"{k}/{folds}" for k in range(1, folds + 1)] if folds else [""])
     ]
     make_folder(out)
-    write_table(out / f"{what}.md", what, f"Test split of {title}.", runs)
+    over = f"Mean over {folds} folds" if folds else "Test split"
+    write_table(out / f"{what}.md", what, f"{over} of {title}.", runs)
     write_runs(out / f"{what}.csv", runs)
     draw_figures(out, runs, title)
     print((out / f"{what}.md").read_text(encoding="utf-8"))
@@ -98,7 +105,18 @@ def plan(base: Settings, method: str, lr: float) -> Settings:
 def describe_runs(base: Settings) -> str:
     """Says what the runs are of, with every setting that is not the default."""
     usual = asdict(Settings())
-    stated = ("data", "epochs", "width", "size", "method", "lr", "seed", "device", "pretrained")
+    stated = (
+        "data",
+        "fold",
+        "epochs",
+        "width",
+        "size",
+        "method",
+        "lr",
+        "seed",
+        "device",
+        "pretrained",
+    )
     others = {k: v for k, v in asdict(base).items() if k not in stated and v != usual[k]}
     if base.pretrained != "none":
         others["encoder from"] = Path(base.pretrained).name
@@ -114,7 +132,9 @@ def finish(settings: Settings, home: Path) -> FinishedRun:
     """
     pretrained = "" if settings.pretrained == "none" else "-pretrained"
     method = settings.method.replace(":", "-")
-    folder = home / "runs" / f"{method}{pretrained}-lr{settings.lr:g}-seed{settings.seed}"
+    fold = f"-fold{settings.fold.replace('/', 'of')}" if settings.fold else ""
+    name = f"{method}{pretrained}-lr{settings.lr:g}-seed{settings.seed}{fold}"
+    folder = home / "runs" / name
     if (folder / "config.json").exists():
         found = asdict(replace(read_settings(folder), device=settings.device))
         for name, value in asdict(settings).items():
@@ -136,7 +156,7 @@ def draw_figures(out: Path, runs: Sequence[FinishedRun], title: str) -> None:
     draw_roc_curves(out / "figure1_roc.png", list(first.values())[::-1], title)
     settings = runs[0].settings
     cache = runs[0].folder.parent / ".cache"
-    test = load_splits(settings.data, settings.size, settings.seed, cache, ["test"])["test"]
+    test = load_photographs(settings, cache, ["test"])["test"]
     shown = [run for method in ("independent", "single") if (run := first.get(method))]
     trained = {
         run.settings.method: open_run(run.folder, run.settings.device)[0]
@@ -157,7 +177,11 @@ def _parser() -> argparse.ArgumentParser:
         return text.split(",")
 
     parser.add_argument("what", choices=tuple(METHODS))
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each (3)")
+    parser.set_defaults(folds=0)
+    seeds = "runs of each (3; 1 where there are folds)"
+    parser.add_argument("--seeds", type=int, metavar="N", help=seeds)
+    folds = "cross-validate: each of N folds of all pictures tests once"
+    parser.add_argument("--folds", type=int, metavar="N", help=folds)
     parser.add_argument(
         "--methods", type=methods, default=(), metavar="A,B", help="others than the paper's"
     )
@@ -169,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         help="learning rate; of several, each method gets the one that validates best",
     )
     parser.add_argument("--out", type=Path, default=RUNS / "study", metavar="DIR")
-    add_flags(parser, without=("method", "lr"))
+    add_flags(parser, without=("method", "lr", "fold"))
     return parser
 
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from checkpoint import load_checkpoint, save_checkpoint
-from diagnosis import RatioClassifier
 from errors import InputError
-from evaluation import Trained
+from measurement.diagnosis import RatioClassifier
+from measurement.evaluation import Trained
 from methods import Network, build_network
 from network import TASKS
+from photographs.data import Photographs, load_splits
+from photographs.repacked import SPLITS
 from settings import Settings, read_settings
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +29,27 @@ def autocast(settings: Settings) -> AbstractContextManager[object]:
     """Makes the context of a forward pass."""
     device, dtype = settings.torch_device().type, PRECISIONS[settings.amp]
     return torch.autocast(device, dtype, enabled=settings.amp != "off")
+
+
+def load_photographs(
+    settings: Settings, cache: Path, wanted: Sequence[str] = SPLITS
+) -> dict[str, Photographs]:
+    """Reads the photographs that a run's settings mean.
+
+    Args:
+        settings: Of the run.
+        cache: Folder for decoded tensors.
+        wanted: Which splits.
+    """
+    return load_splits(
+        settings.data,
+        settings.size,
+        settings.seed,
+        cache,
+        wanted,
+        fold=settings.folds(),
+        second_pass=settings.second_pass,
+    )
 
 
 def parts(settings: Settings) -> dict[str, tuple[str, ...]]:
@@ -40,36 +63,28 @@ def parts(settings: Settings) -> dict[str, tuple[str, ...]]:
     return {"": TASKS}
 
 
-def save_best(
-    folder: Path,
-    network: Network,
-    epoch: int,
-    improved: Sequence[str],
-    tasks: Sequence[str],
-    classifier: RatioClassifier | None,
-) -> None:
+def save_best(folder: Path, epoch: int, improved: Sequence[str], trained: Trained) -> None:
     """Keeps the weights of the parts that validated best so far; those of the others stay.
 
     Args:
         folder: The run folder.
-        network: With the weights of this epoch.
         epoch: Its number.
         improved: The parts.
-        tasks: What the network learns.
-        classifier: The classifier on vCDR.
+        trained: The network, with the weights of this epoch.
     """
     file = folder / BEST
     before: Mapping[str, Any] = {"model": {}, "epochs": {}}
     if file.exists() and "" not in improved:
         before = load_checkpoint(file)
-    own = {k: v for k, v in network.state_dict().items() if k.startswith(tuple(improved))}
+    weights = trained.network.state_dict()
+    own = {k: v for k, v in weights.items() if k.startswith(tuple(improved))}
     save_checkpoint(
         file,
         {
             "model": before["model"] | own,
             "epochs": before["epochs"] | dict.fromkeys(improved, epoch),
-            "tasks": tuple(tasks),
-            "classifier": classifier and tuple(classifier),
+            "tasks": tuple(trained.tasks),
+            "classifier": trained.classifier and tuple(trained.classifier),
         },
     )
 
@@ -86,7 +101,14 @@ def load_best(folder: Path, network: Network, settings: Settings) -> tuple[Train
         network.load_state_dict(state["model"])
         classifier = state["classifier"] and RatioClassifier(*state["classifier"])
         device = settings.torch_device()
-        trained = Trained(network, state["tasks"], classifier, partial(autocast, settings), device)
+        trained = Trained(
+            network,
+            state["tasks"],
+            classifier,
+            partial(autocast, settings),
+            device,
+            settings.second_pass,
+        )
         epochs: dict[str, int] = state["epochs"]
     except (LookupError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]

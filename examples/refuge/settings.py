@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import inf
@@ -18,6 +19,7 @@ from network import ENCODERS, NORMS, TASKS
 
 METHODS = ("independent", "alternating", "joint", "pcgrad", "gradnorm", "single")
 AGGREGATED = "torchjd:"  # and the name of an aggregator
+LATER = ("augment", "second_pass", "patience", "fold")
 RUNS = Path("runs")
 
 
@@ -25,12 +27,12 @@ RUNS = Path("runs")
 class Settings:
     """Everything that a run's final weights depend on; the defaults suit two CPU cores.
 
-    As published: width 64, size 256, lr 1e-4, 300 epochs, batch size 8.
+    As published: width 64, size 256, lr 1e-4, 300 epochs, batch size 8, norm "batch".
     """
 
     data: str = "phantom"
     method: str = "independent"
-    epochs: int = 14
+    epochs: int = 12
     lr: float = 1e-3
     batch_size: int = 8
     width: int = 16
@@ -38,10 +40,14 @@ class Settings:
     seed: int = 0
     encoder: str = "vgg13"
     pretrained: str = "none"
-    norm: str = "batch"
+    norm: str = "running"
     dropout: float = 0.8
     group_size: int = 1
     weights: str = ""
+    augment: bool = False
+    second_pass: bool = False
+    patience: int = 0
+    fold: str = ""
     amp: str = "off"
     compile: bool = False
     device: str = "auto"
@@ -57,6 +63,7 @@ class Settings:
             "size": (self.size >= 32 and self.size % 16 == 0, "a multiple of 16, at least 32"),
             "seed": (0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
+            "patience": (self.patience >= 0, "at least 0"),
             "group_size": (1 <= self.group_size <= len(TASKS), f"between 1 and {len(TASKS)}"),
             "method": (
                 self.method in METHODS or self.method.startswith(AGGREGATED),
@@ -67,6 +74,9 @@ class Settings:
             rules["width"] = (self.width == 64, "64 as the pretrained encoders have")
         if self.method == "single":
             rules["group_size"] = (self.group_size == 1, "1 where each task has its own network")
+        if self.fold:
+            kept = self.folds() is not None
+            rules["fold"] = (kept, "like 1/5: which fold tests, of at least 3")
         if self.weights:
             kept = self.method == "joint" and self.loss_weights() is not None
             rules["weights"] = (kept, "like fovea=30,cup=2, positive, and with `--method joint`")
@@ -90,6 +100,14 @@ class Settings:
         if len(given) < len(pairs) or not all(0 < weight < inf for weight in given.values()):
             return None
         return dict.fromkeys(TASKS, 1.0) | given if given.keys() <= set(TASKS) else None
+
+    def folds(self) -> tuple[int, int] | None:
+        """Gives which fold tests and how many there are; None where `--fold` says none."""
+        found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.fold)
+        if not found:
+            return None
+        fold, folds = int(found[1]), int(found[2])
+        return (fold, folds) if 1 <= fold <= folds and folds >= 3 else None
 
     def torch_device(self) -> torch.device:
         """Resolves "auto" to the GPU where there is one."""
@@ -171,6 +189,11 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
     add("dropout", "probability before the glaucoma head", type=float, metavar="P")
     add("group_size", "tasks in an objective, grouped at random once", type=int, metavar="N")
     add("weights", "weights in the joint loss, as fovea=30; the others are 1", metavar="A=X,B=Y")
+    add("augment", "turn, mirror and recolour training pictures", action="store_true")
+    add("second_pass", "look at the disc again, enlarged, for the cup", action="store_true")
+    stop = "end after N validations without a better one; 0 for never"
+    add("patience", stop, type=int, metavar="N")
+    add("fold", "test on fold K of N of all pictures", metavar="K/N")
     add("amp", "precision of the forward pass", choices=("off", "bf16", "fp16"))
     add("compile", "compile the network first", action="store_true")
     add("device", "where to train", choices=("auto", "cpu", "cuda"))
@@ -193,6 +216,8 @@ def read_settings(folder: Path) -> Settings:
     """
     file = folder / "config.json"
     saved = read_json(file)
+    # Runs of before these options were there did without.
+    saved = {name: getattr(Settings(), name) for name in LATER} | saved
     names = [each.name for each in fields(Settings)]
     if missing := [name for name in names if name not in saved]:
         raise InputError(f"{file}: `{missing[0]}` is missing.")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mtlopt
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint, write_csv
 from errors import InputError
 from methods import Network
+from network import TASKS
 from processes import Processes
+
+LAST = "last.pt"
 
 
 @dataclass
@@ -28,6 +33,7 @@ class TrainingState:
         epoch: Passes over the pictures so far.
         seconds: Time spent in them.
         best: Highest validation score of each part of the network so far.
+        stale: Validations since one was better than before.
         history: A row per epoch.
     """
 
@@ -38,7 +44,28 @@ class TrainingState:
     epoch: int = 0
     seconds: float = 0.0
     best: dict[str, float | None] = field(default_factory=dict)
+    stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    _begun: float = 0.0
+    _losses: list[Mapping[str, Tensor]] = field(default_factory=list)
+
+    def begin_epoch(self) -> None:
+        """Starts the clock of an epoch."""
+        self._begun, self._losses = time.perf_counter(), []
+
+    def note(self, losses: Mapping[str, Tensor]) -> None:
+        """Takes down an iteration's losses."""
+        self._losses.append(losses)
+
+    def end_epoch(self) -> None:
+        """Counts the epoch and averages its losses; None for a task that was absent throughout."""
+        self.epoch += 1
+        row: dict[str, Any] = {"epoch": self.epoch}
+        for task in TASKS:
+            seen = [each[task] for each in self._losses if task in each]
+            row[f"loss_{task}"] = torch.stack(seen).mean().item() if seen else None
+        self.seconds += time.perf_counter() - self._begun
+        self.history.append(row)
 
     def improved(self, scores: Mapping[str, float | None]) -> list[str]:
         """Notes the parts' validation scores; names those for which none before was as high."""
@@ -48,26 +75,36 @@ class TrainingState:
             if best is None or (score is not None and score > best):
                 self.best[name] = score
                 names.append(name)
+        self.stale = 0 if names else self.stale + 1
         return names
 
-    def save(self, file: Path, processes: Processes) -> None:
-        """Writes a checkpoint, whole or not at all, on the first process; the others wait."""
+    def ended(self, epochs: int, patience: int) -> bool:
+        """Tells whether all epochs are done, or so many validations brought nothing better."""
+        return self.epoch >= epochs or 0 < patience <= self.stale
+
+    def save(self, folder: Path, processes: Processes) -> None:
+        """Writes `last.pt` and `history.csv` on the first process; the others wait."""
         rngs = processes.gather((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
-        if processes.first:
-            save_checkpoint(
-                file,
-                {
-                    "model": self.network.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler and self.scaler.state_dict(),
-                    "shuffle": self.shuffle.get_state(),
-                    "rngs": rngs,
-                    "epoch": self.epoch,
-                    "seconds": self.seconds,
-                    "best": self.best,
-                    "history": self.history,
-                },
-            )
+        if not processes.first:
+            return
+        save_checkpoint(
+            folder / LAST,
+            {
+                "model": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler and self.scaler.state_dict(),
+                "shuffle": self.shuffle.get_state(),
+                "rngs": rngs,
+                "epoch": self.epoch,
+                "seconds": self.seconds,
+                "best": self.best,
+                "stale": self.stale,
+                "history": self.history,
+            },
+        )
+        columns = list(dict.fromkeys(column for row in self.history for column in row))
+        rows = [[row.get(column) for column in columns] for row in self.history]
+        write_csv(folder / "history.csv", columns, rows)
 
     def load(self, file: Path, processes: Processes) -> None:
         """Goes back to a checkpoint, each process to its own random draws.
@@ -86,7 +123,7 @@ class TrainingState:
             torch.set_rng_state(rng)
             if len(cuda_rngs) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(cuda_rngs)
-            for name in ("epoch", "seconds", "best", "history"):
+            for name in ("epoch", "seconds", "best", "stale", "history"):
                 setattr(self, name, state[name])
         except (LookupError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).partition("\n")[0]

@@ -1,11 +1,47 @@
 """Tiny data sets in every layout, drawn into a temporary folder."""
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from refuge.tiny_data import ENVIRONMENT, TRAIN_PY, Run, write_released, write_repacked
+import train
+from refuge.tiny_data import ENVIRONMENT, TINY, TRAIN_PY, Run, write_released, write_repacked
+from settings import METHODS
+
+SAVEFIG = Figure.savefig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn() -> Iterator[None]:
+    """Makes figures without rendering them, which takes longer than a tiny run's training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda _, opened, **__: opened.write(b"figure"))
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renders figures all the same."""
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two epochs by every method, from one seed, on the same photographs.
+
+    They lie in folders of their own beside `data`; whoever changes one works on a copy.
+    """
+    home = tmp_path_factory.mktemp("finished")
+    write_repacked(home / "data")
+    runs = {}
+    for method in (*METHODS, "torchjd:MGDA"):
+        runs[method] = home / method.replace(":", "-")
+        arguments = ["--data", home / "data", *TINY, "--method", method, "--epochs", 2]
+        assert train.main([*map(str, arguments), "--out", str(runs[method])]) == 0
+    return runs
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Batch, load_splits
 from errors import InputError
+from photographs.data import Batch, load_splits
 from refuge.tiny_data import SIZE, entry, paint, write_split, write_table
 
 TRAINING = "Training400/Training400"

@@ -9,12 +9,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data import Photographs, load_splits
-from diagnosis import RatioClassifier
-from evaluation import Evaluation, Predictions, Trained, diagnose, evaluate, measure, score
-from records import Record
+from measurement.diagnosis import RatioClassifier
+from measurement.evaluation import (
+    Evaluation,
+    Predictions,
+    Trained,
+    diagnose,
+    evaluate,
+    measure,
+    score,
+)
+from measurement.report import format_table, missing_ratios
+from photographs.data import Photographs, load_splits
+from photographs.records import Record
 from refuge.tiny_data import SIZE, entry, write_split
-from report import format_table, missing_ratios
 
 TASKS = ("disc", "cup", "fovea", "glaucoma")
 METRICS = {
@@ -25,6 +33,7 @@ METRICS = {
     "glaucoma_specificity",
     "glaucoma_brier",
     "glaucoma_brier_fc",
+    "glaucoma_reference_sensitivity",
     "disc_dice",
     "cup_dice",
     "fovea_error",

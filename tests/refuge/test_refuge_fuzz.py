@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import Photographs, load_splits
 from errors import InputError
+from photographs.data import Photographs, load_splits
 from refuge.tiny_data import SIZE, write_released, write_repacked
 
 CASES = 200

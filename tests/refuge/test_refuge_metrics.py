@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from diagnosis import RatioClassifier, combine, fit_ratio_classifier
+from measurement.diagnosis import RatioClassifier, combine, fit_ratio_classifier
 from metrics import (
     auc,
     centre_of_mass,

@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import predict
 import reproduce
 import train
 from errors import InputError
+from measurement.operating import Calibration, OperatingPoint
 from metrics import largest_component
 from refuge.tiny_data import entry, write_split
 from runs import open_run
@@ -51,6 +53,7 @@ def test_evaluate_measures_what_training_ended_with(home: Path, tmp_path: Path) 
     found = json.loads((tmp_path / "metrics-test.json").read_text())
     expected = json.loads((home / "run/metrics.json").read_text())
     measured = found.keys() - {"data", "split", "photographs", "notes"}
+    assert "intervals" in measured
     assert {key: found[key] for key in measured} == {key: expected[key] for key in measured}
     assert "glaucoma_sensitivity" in measured
     assert read_table(tmp_path / "predictions-test.csv") == read_table(
@@ -74,7 +77,7 @@ def test_evaluate_takes_other_photographs(home: Path, repacked: Path, tmp_path: 
     ]
 
 
-def test_predictions_are_those_of_the_evaluation(home: Path, tmp_path: Path) -> None:
+def test_predictions_are_those_of_the_evaluation(home: Path, tmp_path: Path, drawn: None) -> None:
     """A photograph by its file is judged as in its split; masks and points at its own size."""
     pictures = sorted((home / "data/test/images").iterdir())
     assert predict.main([str(home / "run"), *map(str, pictures), "--out", str(tmp_path)]) == 0
@@ -271,7 +274,9 @@ def test_a_table_is_made_of_runs_that_are_kept(
     assert counter.folders[4:] == [f"{method}-lr{lr}-seed1" for method, lr in chosen.items()]
 
     text = (out / "table1.md").read_text(encoding="utf-8")
-    assert text.startswith("Test split of repacked, 2 epochs, width 2, 32 px, batch size 4.\n")
+    assert text.startswith(
+        "Test split of repacked, 2 epochs, width 2, 32 px, batch size 4, norm batch.\n"
+    )
     for method, lr in chosen.items():
         runs = [home / f"runs/{method}-lr{lr}-seed{seed}/metrics.json" for seed in (0, 1)]
         values = [100 * json.loads(run.read_text())["disc_dice"] for run in runs]
@@ -302,6 +307,26 @@ def test_a_table_is_made_of_runs_that_are_kept(
     assert "holds a run of `epochs` 2, not 3; take another `--out`" in capsys.readouterr().err
 
 
+def test_a_table_of_folds_averages_over_them(home: Path, tmp_path: Path) -> None:
+    """Each picture of the set tests once; one run of each fold where no seeds are asked for."""
+    command = ["table1", "--data", str(home / "data"), *TINY[:-4], "--epochs", "1", "--lr", "0.01"]
+    command += ["--methods", "joint", "--folds", "4", "--out", str(tmp_path)]
+    assert reproduce.main(command) == 0
+    rows = read_table(tmp_path / "table1/table1.csv")
+    assert [row["fold"] for row in rows] == ["1/4", "2/4", "3/4", "4/4"]
+    text = (tmp_path / "table1/table1.md").read_text(encoding="utf-8")
+    assert text.startswith("Mean over 4 folds of data, 1 epochs, ")
+    dice = [100 * float(row["disc_dice"]) for row in rows]
+    assert f" {statistics.mean(dice):.2f} ± {statistics.stdev(dice):.2f} " in text
+    tested = [
+        row["photograph"]
+        for run in sorted((tmp_path / "runs").glob("joint-*of4"))
+        for row in read_table(run / "predictions-test.csv")
+    ]
+    assert len(tested) == len(set(tested)) == 16
+    assert reproduce.main([*command[:-4], "--folds", "2"]) == 2
+
+
 def test_a_sweep_shows_every_rate(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "lr-sweep"
     command = ["lr-sweep", "--data", str(home / "data"), *TINY[:-4], "--epochs", "1"]
@@ -326,3 +351,54 @@ def test_a_table_of_other_methods_than_the_papers(repacked: Path, tmp_path: Path
         for method, run in runs.items()
     }
     assert weights == {"joint": "fovea=9", "pcgrad": ""}
+
+
+def test_a_verdict_compares_the_calibrated_average_with_the_threshold(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between two pictures' risks; the page, the table and the closing line agree."""
+    shutil.copytree(home / "run", tmp_path / "run")
+    pictures = sorted((home / "data/test/images").iterdir())
+    arguments = [str(tmp_path / "run"), *map(str, pictures), "--out", str(tmp_path / "out")]
+    assert predict.main(arguments) == 0
+    # The run's own validation is one picture.
+    assert "no decision threshold: validation has" in capsys.readouterr().out
+    before = read_table(tmp_path / "out/predictions.csv")
+    assert {(row["risk"], row["verdict"]) for row in before} == {("", "")}
+
+    averages = sorted(float(row["probability"]) for row in before)
+    middle = (averages[1] + averages[2]) / 2
+    threshold = 1 / (1 + np.exp(-(2 * np.log(middle / (1 - middle)) + 1)))
+    rates = {"sensitivity": 0.75, "specificity": 0.5}
+    intervals = {"sensitivity_interval": [0.5, 1.0], "specificity_interval": None}
+    content = {
+        "calibration": {"slope": 2, "intercept": 1},
+        "thresholds": {"specificity": threshold, "youden": 0.0},
+        "validation": {"specificity": rates, "youden": rates},
+        "test": {"specificity": rates | intervals},
+    }
+    (tmp_path / "run/operating_point.json").write_text(json.dumps(content))
+    assert predict.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "on the test split sensitivity 0.75 [0.50, 1.00], specificity 0.50." in said
+    rows = read_table(tmp_path / "out/predictions.csv")
+    for row in rows:
+        expected = "refer" if float(row["probability"]) >= middle else "no sign"
+        assert row["verdict"] == expected
+    assert {row["verdict"] for row in rows} == {"refer", "no sign"}
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    for row in rows:
+        assert f"{row['photograph']}: {row['verdict']}" in page
+    assert predict.main([*arguments, "--rule", "youden"]) == 0
+    assert "on the validation split sensitivity 0.75, specificity 0.50." in capsys.readouterr().out
+    assert {row["verdict"] for row in read_table(tmp_path / "out/predictions.csv")} == {"refer"}
+
+
+def test_a_picture_without_a_disc_is_not_decided_on(home: Path) -> None:
+    """The threshold was chosen on pictures that both classifiers had judged."""
+    trained, _ = open_run(home / "run")
+    point = OperatingPoint(Calibration(1, 0), {"specificity": 0.3}, {}, {})
+    said = {"fc": 0.9, "vcdr": float("nan"), "both": 0.9}
+    assert predict.judge(trained, said, point, "specificity")[1] == "ungradable"
+    alone = replace(trained, classifier=None)
+    assert predict.judge(alone, said, point, "specificity")[1] == "refer"

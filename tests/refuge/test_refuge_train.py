@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,19 +18,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-import figures
 import mtlopt
+import preparation
 import train
 from errors import InputError
+from measurement import figures
+from measurement.evaluation import Trained
 from methods import build_network, build_optimizer
 from network import TASKS
-from refuge.tiny_data import ENVIRONMENT, TRAIN_PY, Run, entry, write_split
+from processes import ALONE
+from refuge.tiny_data import ENVIRONMENT, TINY, TRAIN_PY, Run, entry, write_split
 from runs import load_best, parts, save_best
 from settings import METHODS, Settings, claim_folder, parse
+from state import TrainingState
 
 ROOT = Path(__file__).parents[2]
-TINY = ("--size", 32, "--width", 2, "--batch-size", 4)
 METRICS = {
     "glaucoma_auc",
     "glaucoma_auc_fc",
@@ -54,31 +59,31 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
+def copy(run: Path, out: Path) -> Path:
+    shutil.copytree(run, out)
+    return out
+
+
 def weights(out: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
     loaded = torch.load(out / name, weights_only=True)["model"]
     assert isinstance(loaded, dict)
     return loaded
 
 
-@pytest.mark.parametrize("method", [*METHODS, "torchjd:UPGrad"])
-def test_a_run_leaves_everything_in_its_folder(repacked: Path, tmp_path: Path, method: str) -> None:
-    """Names and columns that the documentation promises, for every method."""
+def test_a_run_leaves_everything_in_its_folder(repacked: Path, tmp_path: Path, drawn: None) -> None:
+    """Names and columns that the documentation promises."""
     out = tmp_path / "run"
-    assert run_here("--data", repacked, "--method", method, "--epochs", 6, *TINY, "--out", out) == 0
+    assert run_here("--data", repacked, "--epochs", 6, *TINY, "--out", out) == 0
     assert {file.name for file in out.iterdir()} == {
-        *("config.json", "metrics.json", "history.csv", "predictions-test.csv"),
-        *("best.pt", "last.pt", "figures"),
+        *("config.json", "metrics.json", "operating_point.json", "history.csv"),
+        *("predictions-test.csv", "best.pt", "last.pt", "figures"),
     }
     assert {file.name for file in (out / "figures").iterdir()} == {
         *("pictures.png", "overlays.png", "learning_curves.png", "roc.png")
     }
-    metrics = read(out / "metrics.json")
-    assert metrics.keys() >= METRICS
-    assert all(metrics[key] is not None for key in METRICS - {"vcdr_error", "glaucoma_auc_vcdr"})
-    config = read(out / "config.json")
-    assert config["method"] == method
-    assert config["parameters"] == metrics["parameters"]
-    assert config["dropout"] == 0.8
+    for file in (out / "figures").iterdir():
+        with Image.open(file) as picture:
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 50
     with (out / "history.csv").open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
@@ -87,15 +92,42 @@ def test_a_run_leaves_everything_in_its_folder(repacked: Path, tmp_path: Path, m
     assert [row["score"] != "" for row in rows] == [False] * 4 + [True] * 2
 
 
-def test_the_methods_are_different_updates(repacked: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [*METHODS, "torchjd:MGDA"])
+def test_every_method_states_what_it_is_and_measures_everything(
+    finished: dict[str, Path], method: str
+) -> None:
+    metrics, config = (read(finished[method] / name) for name in ("metrics.json", "config.json"))
+    assert metrics.keys() >= METRICS
+    assert all(metrics[key] is not None for key in METRICS - {"vcdr_error", "glaucoma_auc_vcdr"})
+    for key in METRICS - {"parameters", "seconds_per_iteration"}:
+        assert (metrics["intervals"][key] is None) == (metrics[key] is None)
+    assert config["method"] == method
+    assert config["parameters"] == metrics["parameters"]
+
+
+def test_the_methods_are_different_updates(finished: dict[str, Path]) -> None:
     """From one seed they start alike and must not end alike."""
-    ends = []
-    for method in (*METHODS[:-1], "torchjd:MGDA"):
-        out = tmp_path / method
-        run_here("--data", repacked, "--method", method, "--epochs", 2, *TINY, "--out", out)
-        ends.append(weights(out)["encoder.0.0.weight"])
+    shared = [out for method, out in finished.items() if method != "single"]
+    ends = [weights(out)["encoder.0.0.weight"] for out in shared]
     for one, other in combinations(ends, 2):
         assert not torch.equal(one, other)
+
+
+def test_an_aggregator_that_needs_every_task_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the first batch that lacks one."""
+    rows = [entry(f"a{i}.jpg", i % 2) for i in range(6)]
+    rows += [entry("b.jpg", Fovea_X=None, Annotations=["glaucoma", "disc", "cup"])]
+    for split in ("train", "val", "test"):
+        write_split(tmp_path / "data" / split, rows)
+    arguments = ("--data", tmp_path / "data", *TINY, "--out", tmp_path / "run")
+    assert run_here(*arguments, "--method", "torchjd:GradVac") == 2
+    assert (
+        "`--method torchjd:GradVac` keeps a state of every task and needs all of them on every "
+        "training picture; fovea is not annotated on 1 of 7.\n"
+    ) in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_are_those_of_the_joint_loss(repacked: Path) -> None:
@@ -108,35 +140,34 @@ def test_weights_are_those_of_the_joint_loss(repacked: Path) -> None:
 
 def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: Path) -> None:
     """Each network and its Adam never hear of the others; each keeps its own best epoch."""
-    from data import load_splits
     from losses import LOSSES
     from network import SingleTaskNetworks
+    from photographs.data import load_splits
 
     out = tmp_path / "run"
-    arguments = ("--data", repacked, "--method", "single", "--epochs", 2, *TINY, "--dropout", 0)
+    arguments = ("--data", repacked, "--method", "single", "--epochs", 1, *TINY, "--dropout", 0)
     assert run_here(*arguments, "--out", out) == 0
     pictures = load_splits(str(repacked), 32, seed=0)["train"]
     torch.manual_seed(0)
-    networks = SingleTaskNetworks(width=2, dropout=0).networks
+    networks = SingleTaskNetworks(width=2, dropout=0, norm="running").networks
     for task in TASKS:
         network = networks[task]
         adam = torch.optim.Adam(network.parameters(), lr=1e-3)
-        shuffle = torch.Generator().manual_seed(0)
-        for _ in range(2):
-            order = torch.randperm(11, generator=shuffle)
-            for rows in (order[:4], order[4:8]):
-                batch = pictures[rows]
-                adam.zero_grad()
-                LOSSES[task](network(batch.images)[task], batch.targets[task]).backward()
-                adam.step()
+        order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+        for rows in (order[:4], order[4:8]):
+            batch = pictures[rows]
+            adam.zero_grad()
+            LOSSES[task](network(batch.images)[task], batch.targets[task]).backward()
+            adam.step()
+    ended = weights(out)
     for name, value in networks.state_dict().items():
-        assert torch.equal(weights(out)[f"networks.{name}"], value), name
+        assert torch.equal(ended[f"networks.{name}"], value), name
 
 
 def test_a_score_that_is_none_replaces_no_better_one() -> None:
     """A network that diverged cannot be measured; the weights from before stay."""
     settings = Settings(width=2)
-    state = train.build_state(settings, train.ALONE, None)
+    state = preparation.build_state(settings, ALONE, None)
     assert state.improved({"": None}) == [""]
     assert state.improved({"": 0.5}) == [""]
     assert state.improved({"": None}) == []
@@ -165,7 +196,7 @@ def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.fill_(epoch)
-        save_best(tmp_path, network, epoch, improved, TASKS, None)
+        save_best(tmp_path, epoch, improved, Trained(network, TASKS, None))
     trained, epochs = load_best(tmp_path, network, settings)
     assert epochs == dict(zip(prefixes, (15, 10, 5, 5), strict=True))
     for prefix, epoch in epochs.items():
@@ -173,20 +204,18 @@ def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
         assert all((value == epoch).all() for value in values)
 
 
-def test_training_equals_a_plain_loop(repacked: Path, tmp_path: Path) -> None:
+def test_training_equals_a_plain_loop(finished: dict[str, Path]) -> None:
     """Eq. 3 by hand: per task a fresh forward pass and an Adam of its own."""
-    from data import load_splits
     from losses import LOSSES
     from network import MultiTaskUNet
+    from photographs.data import load_splits
 
-    out = tmp_path / "run"
-    run_here("--data", repacked, "--epochs", 2, *TINY, "--out", out, "--seed", 3)
-
-    pictures = load_splits(str(repacked), 32, seed=3)["train"]
-    torch.manual_seed(3)
-    model = MultiTaskUNet(width=2)
+    out = finished["independent"]
+    pictures = load_splits(str(out.parent / "data"), 32, seed=0)["train"]
+    torch.manual_seed(0)
+    model = MultiTaskUNet(width=2, norm="running")
     adams = {task: torch.optim.Adam(model.parameters(), lr=1e-3) for task in TASKS}
-    shuffle = torch.Generator().manual_seed(3)
+    shuffle = torch.Generator().manual_seed(0)
     for _ in range(2):
         order = torch.randperm(11, generator=shuffle)
         for rows in (order[:4], order[4:8]):
@@ -196,8 +225,9 @@ def test_training_equals_a_plain_loop(repacked: Path, tmp_path: Path) -> None:
                 logits = model(batch.images, (task,))[task]
                 LOSSES[task](logits, batch.targets[task]).backward()
                 adams[task].step()
+    ended = weights(out)
     for name, value in model.state_dict().items():
-        assert torch.equal(weights(out)[name], value), name
+        assert torch.equal(ended[name], value), name
 
 
 def test_without_cup_masks_cup_metrics_are_null(tmp_path: Path, repacked: Path) -> None:
@@ -221,6 +251,8 @@ def test_without_cup_masks_cup_metrics_are_null(tmp_path: Path, repacked: Path) 
     assert metrics["notes"] == [
         "no training picture is annotated for cup.",
         "no vCDR classifier: no training picture has disc, cup and glaucoma annotated.",
+        "no decision threshold: validation has 0 pictures with glaucoma and 0 without, and needs "
+        "10 of each.",
     ]
     with (out / "history.csv").open(newline="") as opened:
         assert {row["loss_cup"] for row in csv.DictReader(opened)} == {""}
@@ -251,34 +283,44 @@ def test_mixed_precision_trains_and_resumes(repacked: Path, tmp_path: Path, amp:
 
 @pytest.mark.slow
 def test_a_compiled_network_trains_as_it_does_uncompiled(
-    train_py: Run, repacked: Path, tmp_path: Path
+    repacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the method that takes most backward passes; rounding is the compiler's."""
-    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    arguments = ("--data", repacked, "--method", "gradnorm", "--epochs", 1, *TINY, "--dropout", 0)
-    assert train_py(*arguments, "--norm", "group", "--out", plain).returncode == 0
-    done = train_py(*arguments, "--norm", "group", "--compile", "--out", compiled, timeout=600)
-    assert done.returncode == 0, done.stderr
-    one, other = read(plain / "metrics.json"), read(compiled / "metrics.json")
+    """By the method that takes most backward passes of one forward pass.
+
+    The code is traced and differentiated as for any backend; that of Inductor takes a minute.
+    """
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="aot_eager"))
+    one, other = tmp_path / "plain", tmp_path / "compiled"
+    arguments = [*("--data", repacked, "--method", "gradnorm", "--epochs", 1, "--dropout", 0)]
+    arguments += [*TINY, "--norm", "group"]
+    assert run_here(*arguments, "--out", one) == 0
+    assert run_here(*arguments, "--compile", "--out", other) == 0
+    plain, found = read(one / "metrics.json"), read(other / "metrics.json")
     for key in ("fovea_error", "glaucoma_brier"):
-        assert other[key] == pytest.approx(one[key], rel=1e-3)
+        assert found[key] == pytest.approx(plain[key], rel=1e-3)
 
 
-@pytest.mark.parametrize("norm", ["group", "running"])
+@pytest.mark.parametrize("norm", ["group", "batch"])
 def test_every_norm_trains(repacked: Path, tmp_path: Path, norm: str) -> None:
     out = tmp_path / "run"
     assert run_here("--data", repacked, "--norm", norm, "--epochs", 1, *TINY, "--out", out) == 0
-    assert ("encoder.0.1.running_mean" in weights(out)) == (norm == "running")
+    assert "encoder.0.1.running_mean" not in weights(out)
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_weights(repacked: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_ends_with_the_same_weights(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
     """Weights, optimizer, order and dropout go on bit for bit, on a CPU."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_here("--data", repacked, "--epochs", 10, *TINY, "--out", whole) == 0
-    assert run_here("--data", repacked, "--epochs", 5, *TINY, "--out", parts) == 0
+    half, whole = copy(finished["independent"], tmp_path / "half"), tmp_path / "whole"
+    data = finished["independent"].parent / "data"
     torch.manual_seed(99)
-    assert run_here("--resume", "--out", parts, "--epochs", 10) == 0
-    assert_same_end(whole, parts)
+    assert run_here("--resume", "--out", half, "--epochs", 4) == 0
+    # The half validated where it ended.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VALIDATE_EVERY", 2)
+        assert run_here("--data", data, "--epochs", 4, *TINY, "--out", whole) == 0
+    assert_same_end(whole, half)
 
 
 def assert_same_end(first: Path, second: Path) -> None:
@@ -291,8 +333,11 @@ def assert_same_end(first: Path, second: Path) -> None:
 
 KILLED = """
 import os, random, signal, sys, time
+from matplotlib.figure import Figure
+
 import train  # Imported once: each life is a fork, which starts at once.
 
+Figure.savefig = lambda _, opened, **__: opened.write(b"figure")
 arguments, out, kills = sys.argv[1:-2], sys.argv[-2], int(sys.argv[-1])
 random.seed(0)
 for life in range(kills + 1):
@@ -308,15 +353,15 @@ for life in range(kills + 1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kills"), [("independent", 20), ("gradnorm", 4)])
+@pytest.mark.parametrize(("method", "kills"), [("independent", 8), ("gradnorm", 3)])
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(
-    train_py: Run, repacked: Path, tmp_path: Path, method: str, kills: int
+    repacked: Path, tmp_path: Path, method: str, kills: int
 ) -> None:
     """SIGKILL leaves no time to tidy up: what is on disk must do, whenever it comes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ("--data", repacked, "--epochs", 7 * kills, *TINY, "--method", method)
     arguments = [*map(str, flags)]
-    assert train_py(*arguments, "--out", whole).returncode == 0
+    assert run_here(*arguments, "--out", whole) == 0
     command = [sys.executable, "-c", KILLED, *arguments, str(killed), str(kills)]
     folders = (ENVIRONMENT["PYTHONPATH"], str(Path(train.__file__).parent))
     done = subprocess.run(
@@ -371,7 +416,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "load_splits", interrupt)
+    monkeypatch.setattr(preparation, "load_photographs", interrupt)
     assert run_here("--out", tmp_path / "run") == 130
     assert capsys.readouterr().err == "train.py: interrupted; nothing was written\n"
     assert not list(tmp_path.iterdir())
@@ -412,6 +457,14 @@ def test_ctrl_c_before_anything_is_saved_says_so(
         (
             ("--pretrained", "imagenet"),
             "`--width` must be 64 as the pretrained encoders have, got 16.",
+        ),
+        (("--patience", "-1"), "`--patience` must be at least 0, got -1."),
+        *(
+            (
+                ("--fold", fold),
+                f"`--fold` must be like 1/5: which fold tests, of at least 3, got {fold}.",
+            )
+            for fold in ("0/5", "6/5", "1/2", "1", "a/b", "1/5/2", "1/99999")
         ),
         (("--resume",), "`--resume` needs `--out`, the folder of the run to go on with."),
     ],
@@ -482,17 +535,16 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"`--lr` must be 0\.5 as in .*config\.json, got 0\.1"):
         parse([*again, "--lr", "0.1"])
     (tmp_path / "config.json").write_text(json.dumps(vars(Settings()) | {"epochs": "3"}))
-    with pytest.raises(InputError, match=r"config\.json: `epochs` must be like 14, got '3'"):
+    with pytest.raises(InputError, match=r"config\.json: `epochs` must be like 12, got '3'"):
         parse(again)
     with pytest.raises(InputError, match=r"config\.json: not readable"):
         parse(["--resume", "--out", str(tmp_path / "nowhere")])
 
 
 def test_a_checkpoint_of_another_network_is_refused(
-    repacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    assert run_here("--data", repacked, "--epochs", 1, *TINY, "--out", out) == 0
+    out = copy(finished["independent"], tmp_path / "run")
     (out / "last.pt").write_bytes((out / "best.pt").read_bytes())
     assert run_here("--resume", "--out", out) == 2
     assert (
@@ -502,26 +554,30 @@ def test_a_checkpoint_of_another_network_is_refused(
 
 @pytest.mark.parametrize("name", ["last.pt", "history.csv", "best.pt"])
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
-    repacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    finished: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     """The draft leads to a device that is always full."""
-    out = tmp_path / "run"
-    assert run_here("--data", repacked, "--epochs", 1, *TINY, "--out", out) == 0
+    monkeypatch.setattr(TrainingState, "improved", lambda _, scores: list(scores))
+    out = copy(finished["independent"], tmp_path / "run")
     before = {file: (out / file).read_bytes() for file in ("last.pt", "best.pt", "history.csv")}
     (out / f"{name}.part").symlink_to("/dev/full")
     capsys.readouterr()
-    assert run_here("--resume", "--out", out, "--epochs", 5) == 2
+    assert run_here("--resume", "--out", out, "--epochs", 3) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"train.py: error: {out / name}: cannot be written (No space left on device)."
     assert (out / name).read_bytes() == before[name]
     assert not (out / f"{name}.part").is_symlink()
-    assert run_here("--resume", "--out", out, "--epochs", 5) == 0
+    assert run_here("--resume", "--out", out, "--epochs", 3) == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["independent", "pcgrad", "gradnorm"])
+@pytest.mark.parametrize("method", ["independent", "gradnorm"])
 def test_two_processes_are_one_with_the_doubled_batch(
-    train_py: Run, repacked: Path, tmp_path: Path, method: str
+    repacked: Path, tmp_path: Path, method: str
 ) -> None:
     """Started by torchrun, with a norm that knows no batch, and without dropout.
 
@@ -531,7 +587,7 @@ def test_two_processes_are_one_with_the_doubled_batch(
     common = ("--data", repacked, "--size", 32, "--width", 2, "--method", method, "--epochs", 2)
     plain = ("--norm", "group", "--dropout", 0)
     one, two = tmp_path / "one", tmp_path / "two"
-    assert train_py(*common, *plain, "--batch-size", 4, "--out", one).returncode == 0
+    assert run_here(*common, *plain, "--batch-size", 4, "--out", one) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += ["--master-port", str(free_port()), TRAIN_PY[1], "--batch-size", "2"]
     done = subprocess.run(
@@ -545,9 +601,10 @@ def test_two_processes_are_one_with_the_doubled_batch(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 of 2") == 1
     differing, total = 0, 0
+    ended = weights(two)
     for name, value in weights(one).items():
         if not re.search(r"coder\.\d\.\d\.bias", name) or name.split(".")[2] in "14":
-            differing += int(((weights(two)[name] - value).abs() > 1e-4).sum())
+            differing += int(((ended[name] - value).abs() > 1e-4).sum())
             total += value.numel()
     assert differing < 0.01 * total
     first, second = (read(out / "metrics.json") for out in (one, two))
@@ -577,12 +634,13 @@ def test_runs_without_a_name_get_folders_of_their_own(
 
 
 def test_the_published_configuration_is_reachable_and_stated() -> None:
-    """Width 64, size 256, learning rate 1e-4, 300 epochs; the rest is the default."""
-    flags = ["--width", "64", "--size", "256", "--lr", "1e-4", "--epochs", "300"]
+    """Width 64, size 256, learning rate 1e-4, 300 epochs, batch statistics; no more is added."""
+    flags = ["--width", "64", "--size", "256", "--lr", "1e-4", "--epochs", "300", "--norm", "batch"]
     settings = parse([*flags, "--out", "nowhere"]).settings
-    assert settings == Settings(width=64, size=256, lr=1e-4, epochs=300)
-    assert (settings.batch_size, settings.norm, settings.amp) == (8, "batch", "off")
-    assert (settings.dropout, train.VALIDATE_EVERY) == (0.8, 5)
+    assert settings == Settings(width=64, size=256, lr=1e-4, epochs=300, norm="batch")
+    assert (settings.batch_size, settings.amp, settings.patience) == (8, "off", 0)
+    assert (settings.augment, settings.second_pass, settings.fold) == (False, False, "")
+    assert (settings.dropout, preparation.VALIDATE_EVERY) == (0.8, 5)
 
 
 @pytest.mark.slow
@@ -595,7 +653,10 @@ def test_the_default_run_learns_all_four_tasks(train_py: Run, tmp_path: Path) ->
     assert metrics["disc_dice"] >= 0.85
     assert metrics["cup_dice"] >= 0.70
     assert metrics["fovea_error"] <= 0.05 * size
-    assert metrics["glaucoma_auc"] >= 0.80
+    assert metrics["glaucoma_auc"] >= 0.88
+    assert metrics["glaucoma_auc_fc"] >= 0.75
+    assert metrics["glaucoma_reference_sensitivity"] >= 0.75
+    assert metrics["decisions"].keys() == {"specificity", "youden"}
     assert "synthetic phantoms" in finished.stdout
 
     # The README's picture is this one. Another number of threads moves its mean grey by 0.2 of 255,

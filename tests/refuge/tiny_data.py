@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TRAIN_PY = (sys.executable, str(ROOT / "examples/refuge/train.py"))
 SIZE = 40
+TINY = ("--size", 32, "--width", 2, "--batch-size", 4)  # of a run that takes a second
 # The package is found beside the programs where it is not installed.
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))

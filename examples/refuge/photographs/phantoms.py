@@ -15,14 +15,16 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from network import TASKS
-from records import Record
-from vessels import draw_vessels
+from photographs.records import Record
+from photographs.vessels import draw_vessels
 
 Array = NDArray[np.float64]
 
 FIELD = 0.965  # radius of the field of view, in half sides of the picture
+# Colours of the fundus, as the red and the orange of one camera and another, and a pale one.
+PIGMENTS = np.array(((224.0, 72.0, 42.0), (196.0, 96.0, 24.0), (184.0, 112.0, 82.0)))
 POSITIVES = 0.4
-COUNTS = {"train": 240, "val": 60, "test": 100}
+COUNTS = {"train": 240, "val": 80, "test": 160}
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def draw_eye(seed: int) -> Eye:
     vcdr = float(np.clip(rng.normal(0.60 if glaucoma else 0.43, 0.09), 0.2, 0.85))
     pole = 1 if rng.random() < 0.7 else -1
     angle = float(pole * np.deg2rad(rng.uniform(55, 80)))
-    notched, defective = rng.random(2) < ((0.55, 0.75) if glaucoma else (0.03, 0.06))
+    notched, defective = rng.random(2) < ((0.55, 0.65) if glaucoma else (0.03, 0.06))
     return Eye(
         seed=seed,
         glaucoma=glaucoma,
@@ -128,8 +130,8 @@ def draw_phantom(eye: Eye, size: int) -> tuple[Image.Image, Image.Image]:
     cup = _cup_edge(eye, angle, rng) * rim
 
     tissue = _fundus(eye, x, y, rng)
-    tissue *= 1 - _defect(eye, np.hypot(u, v), angle)[..., None]
-    tissue = _paint_disc(tissue, reach, rim, cup, eye, size, rng)
+    tissue *= 1 - _defect(eye, np.hypot(u, v), angle, rng)[..., None]
+    tissue = _paint_disc(tissue, reach, rim, cup, angle, eye, size, rng)
     picture = draw_vessels(
         tissue, complex(*eye.disc), complex(*eye.fovea), eye.radii[1], FIELD, rng
     )
@@ -169,34 +171,33 @@ def _step(distance: Array, softness: float) -> Array:
 def _fundus(eye: Eye, x: Array, y: Array, rng: np.random.Generator) -> Array:
     """Choroid, pigment and macula: the fundus without disc and vessels."""
     size = len(x)
-    redness, pigment = rng.uniform(0, 1), rng.uniform(0, 1)
-    colour = np.array((208 - 30 * pigment, 92 - 28 * redness - 12 * pigment, 42 - 4 * redness))
+    colour = rng.dirichlet((1.6, 1.0, 0.5)) @ PIGMENTS * rng.uniform(0.88, 1.05)
     # Ridges of smooth noise look like the choroid's own vessels behind a thin pigment layer.
-    bands = _noise(rng, 14, size) + 0.6 * _noise(rng, 28, size)
-    tigroid = np.abs(bands) - 0.7
-    mottle = (
-        0.5 * _noise(rng, 5, size) + 0.35 * _noise(rng, 40, size) + 0.25 * _noise(rng, 90, size)
-    )
-    strength = rng.uniform(0.01, 0.09)
-    away = 1 - 0.8 * _bump(x, y, eye.fovea, 0.35)
-    texture = 1 + strength * tigroid * away + rng.uniform(0.02, 0.045) * mottle
-    tissue = colour * texture[..., None] ** np.array((0.7, 1.3, 1.1))
-    glow = _bump(x, y, eye.disc, 0.45)[..., None]
-    tissue = tissue * (1 + glow * np.array((0.12, 0.28, 0.30)))
-    macula = rng.uniform(0.20, 0.36) * _bump(x, y, eye.fovea, 0.20)
-    pit = rng.uniform(0.10, 0.24) * _bump(x, y, eye.fovea, 0.07)
-    shade = (macula + pit)[..., None] * np.array((0.75, 1.1, 0.9))
+    bands = _noise(rng, 26, size) + 0.8 * _noise(rng, 44, size)
+    tigroid = np.exp(-((bands / 0.6) ** 2)) - 0.5
+    mottle = 0.6 * _noise(rng, 4, size) + 0.3 * _noise(rng, 40, size) + 0.25 * _noise(rng, 90, size)
+    # Most are smooth; some are tessellated all over, but for the macula.
+    strength = 0.30 * rng.beta(0.7, 2.0)
+    away = 1 - 0.85 * _bump(x, y, eye.fovea, 0.35)
+    texture = 1 + strength * tigroid * away + rng.uniform(0.015, 0.045) * mottle
+    tissue = colour * np.clip(texture, 0.2, None)[..., None] ** np.array((0.6, 1.5, 1.1))
+    glow = _bump(x, y, eye.disc, 0.40)[..., None]
+    tissue = tissue * (1 + glow * rng.uniform(0.2, 1.0) * np.array((0.05, 0.26, 0.26)))
+    macula = rng.uniform(0.10, 0.30) * _bump(x, y, eye.fovea, rng.uniform(0.16, 0.26))
+    pit = rng.uniform(0.08, 0.24) * _bump(x, y, eye.fovea, 0.065)
+    shade = (macula + pit)[..., None] * np.array((0.75, 1.1, 0.7))
     return np.asarray(tissue * (1 - shade))
 
 
-def _defect(eye: Eye, distance: Array, angle: Array) -> Array:
+def _defect(eye: Eye, distance: Array, angle: Array, rng: np.random.Generator) -> Array:
     """How much darker a nerve-fibre-layer defect makes each pixel: an arc that widens outwards."""
     if eye.defect is None:
         return np.zeros_like(distance)
     # Nerve fibres bend around the macula, and so does the wedge they leave.
     centre = eye.defect * (1 - 0.42 * np.clip(distance - 0.15, 0, 1))
     inside = _step(0.17 - np.abs(angle - centre), 0.16)
-    return np.asarray(0.20 * inside * _step(distance - 0.15, 0.1) * _step(0.95 - distance, 0.7))
+    depth = rng.uniform(0.10, 0.20)
+    return np.asarray(depth * inside * _step(distance - 0.15, 0.1) * _step(0.95 - distance, 0.7))
 
 
 def _cup_edge(eye: Eye, angle: Array, rng: np.random.Generator) -> Array:
@@ -213,21 +214,42 @@ def _paint_disc(
     reach: Array,
     rim: Array,
     cup: Array,
+    angle: Array,
     eye: Eye,
     size: int,
     rng: np.random.Generator,
 ) -> Array:
     edge = max(0.10, 2.5 / (size * eye.radii[1]))
     pallor = rng.uniform(0, 1)
-    rim_colour = np.array((238.0, 160 + 22 * pallor, 88 + 24 * pallor))
-    cup_colour = np.array((252.0, 226 + 12 * pallor, 168 + 28 * pallor))
+    # Pink, and the more so on the nasal side; the pale cup is what is bright.
+    rim_colour = np.array((240.0, 130 + 24 * pallor, 66 + 20 * pallor))
+    rim_colour = rim_colour + 0.10 * np.cos(angle)[..., None] * np.array((20.0, 130.0, 90.0))
+    rim_colour = rim_colour + rng.uniform(0.0, 0.3) * (tissue.mean(axis=(0, 1)) - rim_colour)
+    cup_colour = np.array((252.0, 216 + 18 * pallor, 140 + 40 * pallor))
     halo = rng.uniform(0.0, 0.25) * np.exp(-np.clip(reach - 1, 0, None) / 0.18) * (reach > 0.9)
     tissue = tissue + halo[..., None] * (rim_colour - tissue)
+    # A crescent of thinned or heaped pigment beside the disc, mostly on the temporal side.
+    crescent = rng.beta(0.5, 1.2) * np.clip(np.cos(angle - rng.normal(0, 0.5)), 0, 1) ** 2
+    ring = np.exp(-(((reach - 1.08) / 0.10) ** 2))
+    tissue = tissue * (1 + rng.choice((-0.4, 0.45)) * (crescent * ring)[..., None])
     inside = _step(rim - reach, edge)[..., None]
     tissue = tissue + inside * (rim_colour * (1 + 0.03 * _noise(rng, 60, size)[..., None]) - tissue)
     # The edge lies astride the mask's, so that the eye and the mask agree.
     inside = _step(cup - reach, 1.4 * edge)[..., None]
-    return np.asarray(tissue + inside * rng.uniform(0.8, 1.0) * (cup_colour - tissue))
+    return np.asarray(tissue + inside * rng.uniform(0.75, 1.0) * (cup_colour - tissue))
+
+
+def _aperture(x: Array, y: Array, size: int, rng: np.random.Generator) -> Array:
+    """The field of view: a sharp disc, with a tab that tells which side is up, perhaps cropped."""
+    soft = max(0.012, 3 / size)
+    seen = _step(1 - np.hypot(x, y), soft)
+    turned = np.deg2rad(rng.uniform(-45, -30))
+    tab = np.hypot(x - 0.99 * np.cos(turned), y - 0.99 * np.sin(turned))
+    if rng.random() < 0.6:
+        seen = np.maximum(seen, _step(0.055 - tab, soft))
+    if rng.random() < 0.35:
+        seen = seen * _step(rng.uniform(0.80, 0.95) - np.abs(y), soft)
+    return np.asarray(seen)
 
 
 def _photograph(
@@ -241,10 +263,10 @@ def _photograph(
     picture = tissue * light[..., None] * rng.uniform(0.80, 1.12)
     haze = rng.uniform(0, 0.14) * rng.uniform(0, 1)
     picture += haze * (np.array((190.0, 120.0, 80.0)) - picture)
-    blur = rng.uniform(0.0008, 0.0055) * size
+    blur = rng.uniform(0.0008, 0.0045) * size
     picture = gaussian_filter(picture, (blur, blur, 0))
     picture += rng.normal(0, rng.uniform(1, 2.5), (size, size, 1)) + rng.normal(
         0, 1.2, (size, size, 3)
     )
-    picture *= _step(1 - radius, max(0.02, 3 / size))[..., None]
+    picture *= _aperture(x, y, size, rng)[..., None]
     return np.asarray(np.clip(picture + 0.5, 0, 255), dtype=np.uint8)

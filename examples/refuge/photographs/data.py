@@ -20,11 +20,14 @@ from checkpoint import read_tensors, write_tensors
 from errors import InputError
 from metrics import vertical_cup_to_disc_ratio
 from network import TASKS
-from phantoms import phantom_records
-from records import Record
-from released import is_released, released_records
-from repacked import SPLITS, is_repacked, repacked_records
+from photographs.crops import crop_records
+from photographs.folds import deal
+from photographs.phantoms import phantom_records
+from photographs.records import Record
+from photographs.released import is_released, released_records
+from photographs.repacked import SPLITS, is_repacked, repacked_records
 
+PHANTOM = 256  # side of a phantom, which like a photograph is shrunk for the network
 HELD_OUT = 0.05  # share that validates where no split does; a small set needs the rest to train
 
 
@@ -77,6 +80,7 @@ class Photographs(Dataset[Batch]):
         self, records: Sequence[Record], size: int, title: str = "", cache: Path | None = None
     ) -> None:
         self.size = size
+        self.records = records
         self.names = [record.name for record in records]
         self.known = {
             task: torch.tensor([task in record.annotated for record in records], dtype=torch.bool)
@@ -138,7 +142,14 @@ def shrink(picture: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def load_splits(
-    data: str, size: int, seed: int, cache: Path | None = None, wanted: Sequence[str] = SPLITS
+    data: str,
+    size: int,
+    seed: int,
+    cache: Path | None = None,
+    wanted: Sequence[str] = SPLITS,
+    *,
+    fold: tuple[int, int] | None = None,
+    second_pass: bool = False,
 ) -> dict[str, Photographs]:
     """Finds out what kind of data is meant and decodes it.
 
@@ -148,25 +159,36 @@ def load_splits(
         seed: Draws the pictures held out for validation where there is no such split.
         cache: Folder for decoded tensors; phantoms need none.
         wanted: Which splits of "train", "val" and "test".
+        fold: Which fold of how many tests; None for the splits that the data have.
+        second_pass: Whether the discs of the training pictures are trained on too, enlarged.
 
     Raises:
         InputError: The folder is no data set, or a file in it cannot be used.
     """
     folder = Path(data)
     try:
-        splits = phantom_records(size) if data == "phantom" else _find_records(folder)
+        splits = phantom_records(max(size, PHANTOM)) if data == "phantom" else _find_records(folder)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-    if not splits.get("val") and len(splits.get("train", ())) > 1:
+    if fold:
+        if (count := sum(map(len, splits.values()))) < fold[1]:
+            raise InputError(f"`--fold` must be of at most {count} (the pictures), got {fold[1]}.")
+        splits = deal(splits, *fold, seed)
+    elif not splits.get("val") and len(splits.get("train", ())) > 1:
         splits |= _hold_out(splits["train"], seed)
     for split in wanted:
         if not splits.get(split):
             raise InputError(f"{folder}: has no pictures for the {split} split.")
+    if second_pass and "train" in wanted:
+        splits["train"] = splits["train"] + crop_records(splits["train"])
     decoded = {}
     for split in wanted:
         file = None
         if cache and data != "phantom":
-            file = cache / f"{folder.resolve().name}-{split}-{size}.pt"
+            parts = [folder.resolve().name, split, str(size)]
+            parts += [f"fold{fold[0]}of{fold[1]}"] if fold else []
+            parts += ["discs"] if second_pass and split == "train" else []
+            file = cache / f"{'-'.join(parts)}.pt"
         decoded[split] = Photographs(splits[split], size, f"reading {split}", file)
     return decoded
 

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from data import Photographs
-from evaluation import Trained, summarise
-from figures import TRUE, grid, outline, save, show
 from losses import saliency_maps
-from study import COLUMNS, NAMES, FinishedRun
+from measurement.evaluation import Trained, summarise
+from measurement.figures import TRUE, grid, outline, save, show, show_original
+from photographs.data import Photographs
+from study.tables import COLUMNS, NAMES, FinishedRun
 
 COLOURS = {"independent": "deepskyblue", "single": "gold"}
 
@@ -81,7 +81,7 @@ def draw_comparison(
     points = photographs.input_points().numpy()
     for row, ax in zip(rows, axes, strict=True):
         batch = photographs[row]
-        show(ax, photographs, row)
+        show_original(ax, photographs, row)
         ax.set_title({1: "glaucoma", 0: "no glaucoma"}.get(labels[row], ""), fontsize=9)
         true = {t: batch.targets[t][0].cpu().numpy() for t in ("disc", "cup") if batch.known[t]}
         for mask in true.values():

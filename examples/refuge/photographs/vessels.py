@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 Array = NDArray[np.float64]
 Points = NDArray[np.complexfloating]
 
-VEIN = np.array((0.48, 0.78, 0.76))  # how much of red, green and blue a vessel absorbs
-ARTERY = np.array((0.27, 0.60, 0.64))
+VEIN = np.array((0.36, 0.68, 0.62))  # how much of red, green and blue a vessel absorbs
+ARTERY = np.array((0.15, 0.48, 0.46))
 FINE = 4  # vessels are drawn this much finer than the picture, then averaged
 
 
@@ -46,9 +46,9 @@ def draw_vessels(
         rng: Source of all variation.
     """
     size = len(tissue)
-    contrast = rng.uniform(0.7, 1.0)
+    contrast = rng.uniform(0.65, 1.0)
     # Arteries leave the disc inside of the veins, thinner and brighter.
-    for absorbed, width, inside in ((VEIN, 0.165, 0.0), (ARTERY, 0.115, 1.0)):
+    for absorbed, width, inside in ((VEIN, 0.150, 0.0), (ARTERY, 0.105, 1.0)):
         vessels = _grow_trees(disc, fovea, radius, width * radius, inside, rng)
         cover = _rasterise(vessels, size, field, fovea)
         tissue = tissue * (1 - contrast * cover[..., None] * absorbed)
@@ -67,16 +67,19 @@ def _grow_trees(
     distance = abs(fovea - disc)
     temporal = 1 if fovea.real > disc.real else -1
     up_and_down = np.array((-1, 1))
-    roots = disc + radius * (rng.normal(0, 0.08, 2) - 0.2 * temporal + 1j * rng.normal(0, 0.12, 2))
+    # They come up at the nasal edge of the cup.
+    roots = disc + radius * (
+        rng.normal(0, 0.06, 2) - 0.32 * temporal + 1j * (rng.normal(0, 0.08, 2) + 0.1 * up_and_down)
+    )
 
     # Steeply out of the disc, then around the macula, the turn fading with distance.
     steep = np.deg2rad(rng.uniform(82, 108, (2, 1)) - 24 * inside)
     bend = distance * rng.uniform(0.54, 0.68, (2, 1))
     length = (1.7 + 0.2 * inside) * distance
     fading = np.exp(-((np.linspace(0, length, 44) / bend) ** 1.3))
-    rise = np.deg2rad(rng.uniform(-24, -10, (2, 1))) + steep * fading
+    rise = np.deg2rad(rng.uniform(-24, -6, (2, 1))) + steep * fading
     headings = _heading(rise, temporal, up_and_down[:, None])
-    arcades = _walk(roots, headings, np.full(2, length), np.full(2, width), 0.3, rng)
+    arcades = _walk(roots, headings, np.full(2, length), np.full(2, width), 0.4, rng)
 
     rise = np.deg2rad(rng.uniform(30, 62, (2, 1)) + 16 * inside)
     headings = np.repeat(_heading(rise, -temporal, up_and_down[:, None]), 26, axis=1)
@@ -84,11 +87,11 @@ def _grow_trees(
 
     headings = np.repeat(_heading(rng.uniform(-0.8, 0.8, (2, 1)), temporal, 1), 14, axis=1)
     lengths = rng.uniform(0.4, 0.7, 2)
-    twigs = _walk(np.full(2, disc), headings, lengths, np.full(2, 0.38 * width), 1.0, rng)
+    twigs = _walk(roots, headings, lengths, np.full(2, 0.26 * width), 1.0, rng)
     grown = [twigs]
     for trunks in (arcades, nasal):
-        branches = _branch(trunks, 5, 0.7, 14, rng)
-        grown += [trunks, branches, _branch(branches, 2, 0.38, 8, rng)]
+        branches = _branch(trunks, 5, 0.95, 18, rng)
+        grown += [trunks, branches, _branch(branches, 3, 0.5, 12, rng)]
     return grown
 
 
@@ -107,12 +110,17 @@ def _walk(
     """Vessels that leave `starts`, follow `headings` (n, k) and wander about them, thinning."""
     count, steps = headings.shape
     gone = np.arange(steps + 1) / steps
-    wander = rng.normal(0, 0.08 * restless, (count, steps + 2))
+    wander = rng.normal(0, 0.06 * restless, (count, steps + 2))
     wander = np.cumsum(wander[:, 2:] + wander[:, 1:-1] + wander[:, :-2], axis=1)
-    angles = headings + wander * (0.4 + 0.6 * gone[1:])
+    # Besides, vessels wind, each at a pace of its own.
+    waves = rng.uniform(2.5, 5, (count, 1)) * lengths[:, None] * gone[1:]
+    winding = rng.uniform(0.08, 0.30, (count, 1)) * np.sin(
+        2 * np.pi * (waves + rng.uniform(0, 1, (count, 1)))
+    )
+    angles = headings + (wander + winding) * (0.3 + 0.7 * gone[1:])
     path = np.cumsum(np.exp(1j * angles), axis=1) * (lengths / steps)[:, None]
     points = starts[:, None] + np.concatenate((np.zeros((count, 1)), path), axis=1)
-    return Vessels(points, widths[:, None] * (1 - 0.7 * gone))
+    return Vessels(points, widths[:, None] * (1 - 0.65 * gone))
 
 
 def _branch(
@@ -124,12 +132,12 @@ def _branch(
     side = np.where((np.arange(each) + rng.integers(0, 2, (count, 1))) % 2, 1, -1)
     rows = np.arange(count)[:, None]
     along = parents.points[rows, at + 1] - parents.points[rows, at - 1]
-    leaves = np.angle(along) + side * rng.uniform(0.35, 0.85, at.shape)
+    leaves = np.angle(along) + side * rng.uniform(0.45, 0.95, at.shape)
     # A branch turns back towards the way its parent was going.
-    turns = side * rng.uniform(0, 0.5, at.shape)
+    turns = side * rng.uniform(0.1, 0.9, at.shape)
     headings = leaves[..., None] - turns[..., None] * np.linspace(0, 1, steps)
     lengths = longest * rng.uniform(0.43, 1, at.shape)
-    widths = parents.widths[rows, at] * rng.uniform(0.5, 0.72, at.shape)
+    widths = parents.widths[rows, at] * rng.uniform(0.45, 0.75, at.shape)
     starts = parents.points[rows, at]
     flat = headings.reshape(-1, steps)
     return _walk(starts.ravel(), flat, lengths.ravel(), widths.ravel(), 1.0, rng)

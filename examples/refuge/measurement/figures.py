@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from checkpoint import write_whole
-from data import Photographs
-from evaluation import Predictions
+from measurement.evaluation import Predictions
+from photographs.data import Photographs
 
 TRUE, PREDICTED = "white", "deepskyblue"
 History = Sequence[Mapping[str, Any]]
@@ -49,7 +49,7 @@ def draw_overlays(
     points = photographs.input_points().numpy()
     chosen = np.linspace(0, len(photographs) - 1, count).astype(int)
     for row, ax in zip(chosen, axes, strict=True):
-        show(ax, photographs, int(row))
+        show_original(ax, photographs, int(row))
         for task, style in (("disc", "solid"), ("cup", "dashed")):
             if photographs.known[task][row]:
                 outline(ax, true[task][row], TRUE, style)
@@ -104,6 +104,34 @@ def draw_roc(
     save(figure, file)
 
 
+def draw_reliability(
+    file: Path,
+    labels: NDArray[np.integer],
+    said: Mapping[str, NDArray[np.float64]],
+    source: str,
+    bins: int = 5,
+) -> None:
+    """Draws how often glaucoma is there when a probability is said, in bins of equal size.
+
+    Args:
+        file: Where to.
+        labels: Of each photograph, 1 for glaucoma.
+        said: Probabilities by name.
+        source: Where the photographs come from, for the title.
+        bins: How many points.
+    """
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for name, probabilities in said.items():
+        parts = np.array_split(np.argsort(probabilities, kind="stable"), min(bins, len(labels)))
+        points = [(probabilities[part].mean(), labels[part].mean()) for part in parts]
+        ax.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    ax.plot((0, 1), (0, 1), ":", color="grey")
+    ax.set(xlabel="probability said", ylabel="share with glaucoma", title=source, aspect="equal")
+    ax.legend()
+    save(figure, file)
+
+
 def grid(count: int, columns: int, side: float = 2.2) -> tuple[Figure, list[Axes]]:
     """Makes a figure of so many empty axes, `side` inches each."""
     rows = -(-count // columns)
@@ -117,6 +145,13 @@ def grid(count: int, columns: int, side: float = 2.2) -> tuple[Figure, list[Axes
 def show(ax: Axes, photographs: Photographs, row: int) -> None:
     """Shows a photograph."""
     ax.imshow(photographs.pictures[row].permute(1, 2, 0).cpu().numpy(), interpolation="bicubic")
+
+
+def show_original(ax: Axes, photographs: Photographs, row: int) -> None:
+    """Shows a photograph in its own size, on the axes of the network's input."""
+    edge = photographs.size - 0.5
+    picture = photographs.records[row].read()[0]
+    ax.imshow(np.asarray(picture), extent=(-0.5, edge, edge, -0.5))
 
 
 def outline(ax: Axes, mask: NDArray[np.bool_], colour: str, style: str) -> None:

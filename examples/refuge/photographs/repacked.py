@@ -10,7 +10,7 @@ from typing import Any
 
 from errors import InputError
 from network import TASKS
-from records import Record, by_stem, file_record, only, to_number
+from photographs.records import Record, by_stem, file_record, only, to_number
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("images", "Images")

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
-from data import Photographs
-from diagnosis import RatioClassifier, combine
+from measurement.diagnosis import RatioClassifier, combine
+from measurement.intervals import Bootstrap, Interval
+from measurement.operating import SPECIFICITY
 from metrics import (
     auc,
     centre_of_mass,
     dice,
     largest_component,
     mean,
-    rates,
+    reference_sensitivity,
     vertical_cup_to_disc_ratio,
 )
+from photographs.crops import Box, crop_box
+from photographs.data import Photographs, shrink
 
 Array = NDArray[np.float64]
 Metrics = dict[str, float | None]
 CPU = torch.device("cpu")
+DIAGNOSES = {"both": "", "fc": "_fc", "vcdr": "_vcdr"}  # and how their metrics' names end
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Trained:
         classifier: Turns vCDR into a probability; None where there is none.
         autocast: Makes the context of the forward passes.
         device: Where the network is.
+        second_pass: Whether the cup is looked for in the disc enlarged.
     """
 
     network: nn.Module
@@ -71,6 +77,7 @@ class Trained:
     classifier: RatioClassifier | None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     device: torch.device = CPU
+    second_pass: bool = False
 
     @torch.no_grad()
     def ask(self, images: Tensor) -> dict[str, Array]:
@@ -102,7 +109,69 @@ def evaluate(trained: Trained, photographs: Photographs) -> Evaluation:
 def predict(trained: Trained, photographs: Photographs) -> Predictions:
     """Asks the network for the tasks it has learned, one photograph at a time."""
     rows = range(len(photographs))
-    return summarise([trained.ask(photographs[row].images) for row in rows])
+    predictions = summarise([trained.ask(photographs[row].images) for row in rows])
+    if trained.second_pass and len(predictions.masks) == 2:
+        for row in rows:
+            picture = photographs.records[row].read()[0]
+            seen = look_again(trained, picture, predictions.masks["disc"][row])
+            if seen:
+                predictions.masks["cup"][row] = seen.place(photographs.size, picture.size)
+                predictions.ratios[row] = seen.ratio
+    return predictions
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """What the network says about a disc enlarged.
+
+    Attributes:
+        box: Where it lies, in pixels of the photograph.
+        disc: Probabilities, (size, size).
+        cup: Probabilities, (size, size).
+    """
+
+    box: Box
+    disc: Array
+    cup: Array
+
+    @property
+    def ratio(self) -> float:
+        """VCDR."""
+        disc, cup = (largest_component(each > 0.5) for each in (self.disc, self.cup))
+        return vertical_cup_to_disc_ratio(disc, cup)
+
+    def place(self, size: int, original: tuple[int, int]) -> NDArray[np.bool_]:
+        """Gives the cup in the whole photograph, resized to (size, size)."""
+        cup, side = largest_component(self.cup > 0.5), self.box[2] - self.box[0]
+        columns, rows = (
+            np.floor(
+                ((np.arange(size) + 0.5) * original[axis] / size - self.box[axis]) * len(cup) / side
+            ).astype(int)
+            for axis in (0, 1)
+        )
+        inside = (rows >= 0) & (rows < len(cup)), (columns >= 0) & (columns < len(cup))
+        placed = np.zeros((size, size), bool)
+        placed[np.ix_(*inside)] = cup[np.ix_(rows[inside[0]], columns[inside[1]])]
+        return placed
+
+
+def look_again(
+    trained: Trained, picture: Image.Image, disc: NDArray[np.bool_]
+) -> SecondLook | None:
+    """Shows the network the disc that it found, enlarged; None where it found none.
+
+    Args:
+        trained: The network.
+        picture: The photograph, in its own size.
+        disc: The disc, in the network's.
+    """
+    mask = Image.fromarray(np.where(disc, 0, 255).astype(np.uint8))
+    box = crop_box(mask.resize(picture.size, Image.Resampling.NEAREST))
+    if box is None:
+        return None
+    images = torch.from_numpy(shrink(picture.crop(box), len(disc)).copy())[None].float() / 255
+    answer = replace(trained, tasks=("disc", "cup")).ask(images)
+    return SecondLook(box, answer["disc"], answer["cup"])
 
 
 def summarise(answers: Sequence[Mapping[str, Array]]) -> Predictions:
@@ -142,37 +211,70 @@ def measure(
     """Measures predictions where the truth is known; None where it never is.
 
     Returns:
-        AUC of the average of both classifiers and of each, the average's sensitivity, specificity
-        and Brier score, Dice of disc and cup, distance of the foveas in input and in original
-        pixels, and absolute error of vCDR.
+        AUC of the average of both classifiers and of each, the average's sensitivity and
+        specificity at 0.5, its sensitivity at the challenge's specificity and its Brier score, Dice
+        of disc and cup, distance of the foveas in input and in original pixels, and absolute error
+        of vCDR.
     """
     labels = photographs.labels.numpy()
     metrics: Metrics = {}
-    for name, key in (("both", ""), ("fc", "_fc"), ("vcdr", "_vcdr")):
+    for name, key in DIAGNOSES.items():
         usable = (labels >= 0) & ~np.isnan(diagnoses[name])
         metrics[f"glaucoma_auc{key}"] = auc(labels[usable], diagnoses[name][usable])
     usable = (labels >= 0) & ~np.isnan(diagnoses["both"])
-    metrics["glaucoma_sensitivity"], metrics["glaucoma_specificity"] = rates(
-        labels[usable], diagnoses["both"][usable]
+    metrics["glaucoma_reference_sensitivity"] = reference_sensitivity(
+        labels[usable], diagnoses["both"][usable], SPECIFICITY
     )
+    columns = score_pictures(predictions, photographs, diagnoses)
+    return metrics | {name: mean(values) for name, values in columns.items()}
+
+
+def measure_intervals(
+    evaluation: Evaluation, photographs: Photographs
+) -> dict[str, Interval | None]:
+    """Gives each of the metrics' 95 % interval, None where there is no metric."""
+    labels, diagnoses = photographs.labels.numpy(), evaluation.diagnoses
+    intervals: dict[str, Interval | None] = {}
+    for name, key in DIAGNOSES.items():
+        usable = (labels >= 0) & ~np.isnan(diagnoses[name])
+        drawn = Bootstrap(int(usable.sum()))
+        intervals[f"glaucoma_auc{key}"] = drawn.auc(labels[usable], diagnoses[name][usable])
+        if name == "both":
+            intervals["glaucoma_reference_sensitivity"] = drawn.sensitivity(
+                labels[usable], diagnoses[name][usable], SPECIFICITY
+            )
+    columns = score_pictures(evaluation.predictions, photographs, diagnoses)
+    drawn = Bootstrap(len(photographs))
+    return intervals | {name: drawn.mean(values) for name, values in columns.items()}
+
+
+def score_pictures(
+    predictions: Predictions, photographs: Photographs, diagnoses: dict[str, Array]
+) -> dict[str, Array]:
+    """Gives for each metric that is a mean what it is the mean of: NaN where nothing is known."""
+    labels = photographs.labels.numpy()
+    columns: dict[str, Array] = {}
+    right = np.where(np.isnan(diagnoses["both"]), np.nan, (diagnoses["both"] >= 0.5) == labels)
+    columns["glaucoma_sensitivity"] = np.where(labels == 1, right, np.nan)
+    columns["glaucoma_specificity"] = np.where(labels == 0, right, np.nan)
     for name, key in (("both", ""), ("fc", "_fc")):
-        errors = np.where(labels >= 0, (diagnoses[name] - labels) ** 2, np.nan)
-        metrics[f"glaucoma_brier{key}"] = mean(errors)
+        errors = (diagnoses[name] - labels) ** 2
+        columns[f"glaucoma_brier{key}"] = np.where(labels >= 0, errors, np.nan)
 
-    masks = photographs.masks.numpy()
+    masks, nowhere = photographs.masks.numpy(), np.full(len(photographs), np.nan)
     for task, true in (("disc", masks < 255), ("cup", masks == 0)):
-        known = np.flatnonzero(photographs.known[task].numpy() & (task in predictions.masks))
-        scores = [dice(predictions.masks[task][row], true[row]) for row in known]
-        metrics[f"{task}_dice"] = mean(np.array(scores))
+        columns[f"{task}_dice"] = nowhere.copy()
+        for row in np.flatnonzero(photographs.known[task].numpy() & (task in predictions.masks)):
+            columns[f"{task}_dice"][row] = dice(predictions.masks[task][row], true[row])
 
-    metrics["fovea_error"] = metrics["fovea_error_original"] = None
+    columns["fovea_error"] = columns["fovea_error_original"] = nowhere
     if predictions.points is not None:
         offset = predictions.points - photographs.input_points().numpy()
         scale = photographs.sizes.numpy() / photographs.size
-        metrics["fovea_error"] = mean(np.hypot(*offset.T))
-        metrics["fovea_error_original"] = mean(np.hypot(*(offset * scale).T))
-    metrics["vcdr_error"] = mean(np.abs(predictions.ratios - photographs.ratios.numpy()))
-    return metrics
+        columns["fovea_error"] = np.hypot(*offset.T)
+        columns["fovea_error_original"] = np.hypot(*(offset * scale).T)
+    columns["vcdr_error"] = np.abs(predictions.ratios - photographs.ratios.numpy())
+    return columns
 
 
 def score(metrics: Metrics, size: int, tasks: Sequence[str]) -> float | None:

@@ -84,7 +84,7 @@ def choose_rates(runs: Sequence[FinishedRun]) -> dict[str, float]:
 
 
 def write_table(file: Path, name: str, title: str, runs: Sequence[FinishedRun]) -> None:
-    """Writes mean ± standard deviation over seeds, and the published numbers, as Markdown.
+    """Writes mean ± standard deviation over seeds or folds, and the published numbers, as Markdown.
 
     Args:
         file: Where to.
@@ -111,7 +111,7 @@ def write_table(file: Path, name: str, title: str, runs: Sequence[FinishedRun]) 
     published = [[NAMES[method], *cells] for method, cells in PUBLISHED[name].items()]
     write_text(
         file,
-        f"{title}\n\n{_markdown([*header, 'learning rate', 'seeds'], rows)}\n\n"
+        f"{title}\n\n{_markdown([*header, 'learning rate', 'runs'], rows)}\n\n"
         "As published, on REFUGE's photographs, with width 64 and 256 px:\n\n"
         f"{_markdown(header, published)}\n",
     )
@@ -119,12 +119,17 @@ def write_table(file: Path, name: str, title: str, runs: Sequence[FinishedRun]) 
 
 def write_runs(file: Path, runs: Sequence[FinishedRun]) -> None:
     """Writes a row per run, with everything that was measured, as CSV."""
-    keys = [key for key in runs[0].metrics if key not in ("data", "notes")]
+    keys = [
+        key for key in runs[0].metrics if key not in ("data", "notes", "intervals", "decisions")
+    ]
     rows = [
-        [run.settings.method, run.settings.lr, run.settings.seed, *(run.metrics[k] for k in keys)]
+        [
+            *(run.settings.method, run.settings.lr, run.settings.seed, run.settings.fold),
+            *(run.metrics[key] for key in keys),
+        ]
         for run in runs
     ]
-    write_csv(file, ["method", "lr", "seed", *keys], rows)
+    write_csv(file, ["method", "lr", "seed", "fold", *keys], rows)
 
 
 def write_rates(file: Path, title: str, runs: Sequence[FinishedRun]) -> None:

@@ -13,7 +13,7 @@ import openpyxl
 
 from errors import InputError
 from network import TASKS
-from records import Record, by_stem, file_record, only, to_number
+from photographs.records import Record, by_stem, file_record, only, to_number
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,216 @@
+"""MultiTaskTrainer: a Hugging Face Trainer whose optimizer is any of this package's.
+
+It needs ``pip install transformers accelerate``.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from mtlopt._base import MultiTaskOptimizer
+from mtlopt._frameworks import check_optimizer, reduce_in_the_optimizer, stack, steps_per_task
+from mtlopt._losses import names_of
+
+try:
+    from accelerate.utils import DistributedType
+    from transformers import Trainer
+except ModuleNotFoundError as error:
+    remedy = "pip install transformers accelerate"
+    raise ModuleNotFoundError(f"{error}: {remedy}", name=error.name) from None
+
+__all__ = ["MultiTaskTrainer"]
+
+
+class MultiTaskTrainer(Trainer):
+    """A Trainer that trains several tasks with an optimizer of this package.
+
+    Write :meth:`losses` and :meth:`make_optimizer`. The optimizer that `make_optimizer` wraps is
+    the one that Trainer would have used: its class, its learning rate and its groups with and
+    without weight decay come from the ``TrainingArguments``. So do ``max_steps``, the schedule,
+    ``gradient_accumulation_steps`` (each task's gradient is averaged over the batches that have its
+    labels), ``max_grad_norm`` (around each update: a step per task is clipped per task), mixed
+    precision and checkpoints. The mean of each task's loss is logged as ``loss_<task>``;
+    ``grad_norm`` is the largest of the last batch's updates.
+
+    Set ``remove_unused_columns=False`` where the model's ``forward`` does not name the targets, and
+    for ``evaluate()`` name them in ``label_names``; its ``eval_loss`` is the sum of the losses.
+
+    On several devices it runs under DDP, as Trainer does. A step per task then goes through DDP,
+    and the methods that combine gradients reduce them themselves.
+
+    Example:
+        >>> import torch, mtlopt
+        >>> from mtlopt.transformers import MultiTaskTrainer
+        >>> class MyTrainer(MultiTaskTrainer):
+        ...     def make_optimizer(self, optimizer):
+        ...         return mtlopt.PCGrad(optimizer, ("left", "right"))
+        ...     def losses(self, model, tasks, inputs):
+        ...         left, right = model(inputs["x"]).square().mean(0)
+        ...         return {"left": left, "right": right}
+    """
+
+    def losses(
+        self, model: nn.Module, tasks: Sequence[str], inputs: Any
+    ) -> Mapping[str, Tensor | tuple[Tensor, int] | None]:
+        """Returns the losses of the tasks that are wanted now; to be written by the user.
+
+        Args:
+            model: The model to call, which may be a wrapper of yours.
+            tasks: Names of the tasks.
+            inputs: One batch of the collator, on the model's device.
+
+        Returns:
+            Mapping from task to a scalar loss, (loss, count) or None, as for the optimizer's
+            ``step``.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define losses(self, model, tasks, inputs), which returns "
+            "{task: loss for task in tasks}."
+        )
+
+    def make_optimizer(self, optimizer: Optimizer) -> MultiTaskOptimizer:
+        """Wraps the optimizer that Trainer made; to be written by the user.
+
+        Not called where ``Trainer(optimizers=...)`` brings one of this package.
+
+        Args:
+            optimizer: Plain optimizer with the groups and options of the ``TrainingArguments``.
+
+        Returns:
+            One of this package's optimizers.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define make_optimizer(self, optimizer), such as "
+            "`return mtlopt.PCGrad(optimizer, tasks)`."
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Makes the optimizer before training.
+
+        Args:
+            model: The model, if it is not the trainer's own.
+
+        Returns:
+            What :meth:`make_optimizer` returned.
+        """
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise ValueError(
+                f"MultiTaskTrainer must run on one device or under DDP, got {kind.value}."
+            )
+        self._micro_batches: list[tuple[Any]] = []
+        self._values: list[Mapping[str, Tensor]] = []
+        self._norms: list[Tensor] = []
+        made = inner_of(super().create_optimizer(model))
+        if isinstance(made, MultiTaskOptimizer):
+            own = made
+        else:
+            own = check_optimizer(self.make_optimizer(made), "make_optimizer")
+            self.optimizer = own
+        if own is not getattr(self, "_own", None):
+            self._own = own
+            own.scaler = own.scaler or self.accelerator.scaler
+            own.register_step_pre_hook(self._before_update)
+            if self.args.world_size > 1 and not steps_per_task(own):
+                reduce_in_the_optimizer(own)
+        return own
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Steps when the last batch of an accumulation is there.
+
+        Args:
+            model: The model, wrapped as Trainer wraps it.
+            inputs: A batch.
+            num_items_in_batch: Not used: give a count beside the loss, ``(loss, count)``.
+
+        Returns:
+            The sum of the losses, detached; zero where batches are kept for the step.
+        """
+        model.train()
+        self._micro_batches.append((self._prepare_inputs(inputs),))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        train: Any = getattr(self._own, "train", None)
+        if train is not None:  # classes with modes (schedule-free)
+            train()
+        if not steps_per_task(self._own):
+            model = self.accelerator.unwrap_model(model)
+        self._norms = []
+        values = self._own.step(partial(self._ask, model), micro_batches=self._micro_batches)
+        self._micro_batches = []
+        self._values.append(values)
+        # The step has been taken: nothing is left to clip, and Accelerate's wrapper passes over
+        # the `step()` that follows, as over one in the middle of an accumulation.
+        self._own.zero_grad()
+        self.accelerator.sync_gradients = False
+        return stack(list(values.values()), self.args.device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Returns the sum of all tasks' losses, for ``evaluate()``.
+
+        Args:
+            model: The model.
+            inputs: A batch.
+            return_outputs: Whether to return outputs too, which are left empty.
+            num_items_in_batch: Not used.
+
+        Returns:
+            The sum, or the sum and a mapping that holds it.
+        """
+        if not hasattr(self, "_own"):  # before any training
+            self.create_optimizer()
+        found = self.losses(model, names_of(*self._own.tasks), inputs).values()
+        values = [
+            loss[0] if isinstance(loss, tuple) else loss for loss in found if loss is not None
+        ]
+        total = stack(values, self.args.device)
+        return (total, {"loss": total}) if return_outputs else total
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs, beside what Trainer logs, the mean of each task's loss since the last time.
+
+        Args:
+            logs: What to log.
+            *args: Trainer's.
+            **kwargs: Trainer's.
+        """
+        if "loss" in logs:
+            if self._norms:
+                logs["grad_norm"] = torch.stack(self._norms).max().item()
+            for task in dict.fromkeys(task for values in self._values for task in values):
+                own = [values[task] for values in self._values if task in values]
+                logs[f"loss_{task}"] = torch.stack(own).mean().item()
+            self._values = []
+        super().log(logs, *args, **kwargs)
+
+    def _ask(self, model: nn.Module, tasks: Sequence[str], inputs: Any) -> Any:
+        with self.compute_loss_context_manager():
+            return self.losses(model, tasks, inputs)
+
+    def _before_update(self, updating: Optimizer, args: Any, kwargs: Any) -> None:
+        model: Any = self.model
+        given = [p for p in model.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in given if p.grad is not None])
+        if self.args.max_grad_norm:
+            clip_grads_with_norm_(given, self.args.max_grad_norm, norm)
+        self._norms.append(norm)
+
+
+def inner_of(optimizer: Any) -> Any:
+    """Returns the optimizer behind Accelerate's wrapper, if there is one."""
+    while not isinstance(optimizer, MultiTaskOptimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

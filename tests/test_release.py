@@ -1,0 +1,82 @@
+"""`make release`: what is uploaded has one version, and says what has changed."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import mtlopt
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_release", ROOT / ".ci/check_release.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy as it is to be uploaded: a heading below `Unreleased` names the version and a day."""
+    (tmp_path / "mtlopt").mkdir()
+    for file in ("mtlopt/__init__.py", "CITATION.cff", "CHANGELOG.md"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    heading = f"## [Unreleased]\n\n## [{mtlopt.__version__}] - 2030-01-31\n"
+    edit(tmp_path / "CHANGELOG.md", r"## \[Unreleased\]\n", heading)
+    return tmp_path
+
+
+def edit(file: Path, pattern: str, text: str) -> None:
+    old = file.read_text(encoding="utf-8")
+    new = re.sub(pattern, text, old, count=1)
+    assert new != old
+    file.write_text(new, encoding="utf-8")
+
+
+def test_a_release_is_ready_when_all_name_it(check: ModuleType, copy: Path) -> None:
+    assert check.disagreements(copy) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "text", "said"),
+    [
+        ("mtlopt/__init__.py", r'__version__ = ".*"', '__version__ = "9.9"', "write `## [9.9] - "),
+        ("CHANGELOG.md", r"- 2030-01-31", "- soon", "write `## ["),
+        ("CHANGELOG.md", r"\[Unreleased\]\n", "[Unreleased]\n\n- Late.\n", "'- Late.' is still"),
+        ("CITATION.cff", r"version: 0.*", "version: 0.0.0", "CITATION.cff: write `version: "),
+    ],
+)
+def test_what_is_left_to_write_is_named(
+    check: ModuleType, copy: Path, file: str, pattern: str, text: str, said: str
+) -> None:
+    edit(copy / file, pattern, text)
+    assert said in "\n".join(check.disagreements(copy))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_release_checks_builds_and_checks_what_was_built(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    printed = subprocess.run(
+        ["make", "release", "--dry-run", "--no-print-directory"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    steps = [line.split("python ")[-1] for line in printed.splitlines()][-4:]
+    assert steps == [
+        ".ci/check_release.py",
+        "rm -rf dist",
+        "-m build",
+        "-m twine check --strict dist/*",
+    ]
