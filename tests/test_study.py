@@ -22,7 +22,7 @@ from study_problems import burgers
 from study_runs import Config
 
 ROOT = Path(__file__).parents[1]
-STUDY = ROOT / "benchmarks" / "study.py"
+STUDY = ROOT / "benchmarks" / "run_study.py"
 TINY = """
 import torch
 

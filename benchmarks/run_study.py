@@ -1,8 +1,8 @@
 """Methods x learning rates x seeds on a problem, under one protocol.
 
-    python benchmarks/study.py --problem adult            # one that lies in study_problems/
-    python benchmarks/study.py --problem my_problem.py    # one of your own
-    python benchmarks/study.py --report                   # tables and pictures of what was run
+    python benchmarks/run_study.py --problem adult            # one that lies in study_problems/
+    python benchmarks/run_study.py --problem my_problem.py    # one of your own
+    python benchmarks/run_study.py --report                   # tables and pictures of what was run
 
 A second call goes on where the first one stopped. The protocol:
 
