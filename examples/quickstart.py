@@ -9,7 +9,7 @@ torchrun --nproc-per-node 2 examples/quickstart.py
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -59,15 +59,19 @@ def make_losses(model: nn.Module) -> Losses:
 
 
 def make_optimizer(
-    method: str, model: Network, group: dist.ProcessGroup | None, lr: float = 0.01
+    method: str,
+    model: Network,
+    group: dist.ProcessGroup | None,
+    lr: float = 0.01,
+    record: Literal["updates"] | None = None,
 ) -> mtlopt.MultiTaskOptimizer:
     """The one line that differs."""
     parameters, last = list(model.parameters()), model.trunk[-2].parameters()
     adam = torch.optim.Adam(parameters, lr=lr)
     if method == "independent":
-        return mtlopt.IndependentOptimizer(torch.optim.Adam, parameters, TASKS, lr=lr)
+        return mtlopt.IndependentOptimizer(adam, TASKS, record=record)
     if method == "alternating":
-        return mtlopt.AlternatingOptimizer(adam, TASKS)
+        return mtlopt.AlternatingOptimizer(adam, TASKS, record=record)
     if method == "joint":
         return mtlopt.JointOptimizer(adam, TASKS, process_group=group)
     if method == "pcgrad":
@@ -107,11 +111,12 @@ class Plots:
 
     def close(self) -> None:
         self.writer.close()
-        names = [name for name in ("losses", "weights") if name in self.curves]
+        shown = ("losses", "weights", "update_shares")
+        names = [name for name in shown if name in self.curves]
         axes = self.figure.subplots(1, len(names), squeeze=False)[0]
         for ax, name in zip(axes, names, strict=True):
             ax.plot(torch.stack(self.curves[name]).numpy(), linewidth=1)
-            ax.set(title=f"{self.method}: {name}", xlabel="step")
+            ax.set(title=f"{self.method}: {name.replace('_', ' ')}", xlabel="step")
             ax.set_yscale("log" if name == "losses" else "linear")
             ax.grid(alpha=0.3)
         self.figure.legend(axes[0].lines, TASKS, loc="outside right center")
@@ -139,9 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A step per task: DDP averages each gradient. The other methods do so themselves, in the
         # process group, before they combine the tasks' gradients.
         losses = make_losses(DistributedDataParallel(model, find_unused_parameters=True))
-    optimizer = make_optimizer(options.method, model, dist.group.WORLD if parallel else None)
+    group = dist.group.WORLD if parallel else None
+    record: Literal["updates"] | None = "updates" if options.plot else None
+    optimizer = make_optimizer(options.method, model, group, record=record)
     plots = Plots(options.plot, options.method) if options.plot and rank == 0 else None
 
+    optimizer.diagnostics()  # A step per task takes its norms from the first call on.
     own = torch.arange(rank, len(inputs), ranks)  # each process its part of the data
     before = evaluate(TASKS, inputs, targets)
     for step in range(options.steps):

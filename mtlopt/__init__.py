@@ -8,6 +8,7 @@ from mtlopt._gradnorm import GradNorm
 from mtlopt._independent import IndependentOptimizer, random_groups
 from mtlopt._joint import JointOptimizer
 from mtlopt._pcgrad import PCGrad
+from mtlopt._scalarized import Scalarized
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "JointOptimizer",
     "MultiTaskOptimizer",
     "PCGrad",
+    "Scalarized",
     "conflicts",
     "random_groups",
 ]

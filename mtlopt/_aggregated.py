@@ -1,7 +1,6 @@
 """Aggregated: any aggregator of TorchJD as the combination of the tasks' gradients."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -18,8 +17,7 @@ from mtlopt._gradients import Gradients, reach
 from mtlopt._losses import Task
 from mtlopt._rows import Rows
 from mtlopt._shards import is_sharded
-
-PLAIN = (Tensor, bool, int, float, str, tuple, torch.dtype, type(None))
+from mtlopt._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
 
 
 class Aggregated(CombiningOptimizer):
@@ -115,8 +113,10 @@ class Aggregated(CombiningOptimizer):
             return rows.combine([])
         if len(present) < len(self.tasks):
             self._check_rows(present)
+        alone = self.process_group is None and not is_sharded(self._parameters)
+        drawing = drawing_from(None if alone else self.generator)
         # A caller's autocast is not for the aggregation.
-        with self._drawing_alike(), torch.autocast(self._device.type, enabled=False):
+        with drawing, torch.autocast(self._device.type, enabled=False):
             if self._weighting is None:
                 return self._by_matrix(rows)
             return self._by_gramian(rows, present)
@@ -158,7 +158,7 @@ class Aggregated(CombiningOptimizer):
         return combined
 
     def _check_rows(self, present: list[int]) -> None:
-        reason = _needs_all_rows(self.aggregator, len(self.tasks))
+        reason = needs_all_tasks(self.aggregator, len(self.tasks))
         if reason:
             absent = [task for k, task in enumerate(self.tasks) if k not in present]
             raise ValueError(
@@ -166,28 +166,15 @@ class Aggregated(CombiningOptimizer):
                 f"it has {reason}. Absent from this batch: {absent}."
             )
 
-    @contextmanager
-    def _drawing_alike(self) -> Iterator[None]:
-        if self.process_group is None and not is_sharded(self._parameters):
-            yield
-            return
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
-
     def _collect_state(self) -> dict[str, Any]:
         state = super()._collect_state()
-        state["mtlopt"]["aggregator"] = [_state_of(m) for m in _stateful(self.aggregator)]
+        state["mtlopt"]["aggregator"] = [state_of(m) for m in stateful(self.aggregator)]
         return state
 
     def _restore_state(self, state_dict: dict[str, Any]) -> None:
         super()._restore_state(state_dict)
         saved = state_dict.get("mtlopt", {}).get("aggregator", [])
-        for module, attributes in zip(_stateful(self.aggregator), saved, strict=False):
-            for name, value in attributes.items():
-                copy = value.clone() if isinstance(value, Tensor) else value
-                (module._buffers if name in module._buffers else vars(module))[name] = copy
+        restore(stateful(self.aggregator), saved)
 
 
 def _stack(rows: list[Gradients], shared: list[int], parameters: Sequence[Tensor]) -> Tensor:
@@ -201,32 +188,3 @@ def _stack(rows: list[Gradients], shared: list[int], parameters: Sequence[Tensor
             if gradient is not None:
                 row.copy_((gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
     return matrix
-
-
-def _stateful(aggregator: nn.Module) -> list[nn.Module]:
-    from torchjd import Stateful
-
-    return [module for module in aggregator.modules() if isinstance(module, Stateful)]
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    inner = vars(nn.Module()).keys()
-    return {k: v for k, v in vars(module).items() if k not in inner} | module._buffers
-
-
-def _state_of(module: nn.Module) -> dict[str, Any]:
-    # TorchJD's `state_dict` lacks the key by which an aggregator knows its own buffers again.
-    attributes = _attributes(module)
-    return attributes if all(isinstance(v, PLAIN) for v in attributes.values()) else {}
-
-
-def _needs_all_rows(aggregator: nn.Module, count: int) -> str:
-    if _stateful(aggregator):
-        return "a state that knows the tasks by their rows"
-    vectors = [
-        value
-        for module in aggregator.modules()
-        for value in _attributes(module).values()
-        if isinstance(value, Tensor) and value.shape == (count,)
-    ]
-    return f"a vector of length {count}" if vectors else ""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mtlopt._base import Common
 from mtlopt._losses import LossesFunction, ReadyLosses, Task, refuse_keywords
-from mtlopt._sequential import Order, SequentialOptimizer, refuse_closure
+from mtlopt._sequential import Order, Record, SequentialOptimizer, refuse_closure
 from mtlopt._wrapper import WrappedOptimizer
 
 
@@ -44,13 +44,18 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
         tasks: Names of the tasks; a tuple of names is a group, one objective with one step.
         order: "fixed" keeps the order of `tasks`, "shuffled" draws it anew each step from
             ``self.generator`` (seed 0; saved in the state dict).
+        per_step: How many of the T tasks a step visits, so that it costs as many passes: all of
+            them if None. They come from a shuffled cycle, each equally often; one that is absent
+            from its batch has had its turn.
+        record: "updates" has :meth:`diagnostics` say what each task's step moves; while a step
+            lasts it costs T copies of the parameters that several tasks reach.
         scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks that agree on the tasks' counts, with a model wrapped in DDP.
 
     Raises:
         TypeError: If `optimizer` is not an instance of a plain optimizer.
-        ValueError: If `tasks` is empty or repeats a name.
+        ValueError: If `tasks` is empty or repeats a name, or `per_step` is out of its range.
 
     Example:
         >>> import torch, mtlopt
@@ -80,12 +85,15 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
         tasks: Iterable[Task],
         *,
         order: Order = "fixed",
+        per_step: int | None = None,
+        record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._wrap(optimizer)
-        super().__init__(tasks, self.base, order, Common(scaler, check_finite, process_group))
+        common = Common(scaler, check_finite, process_group)
+        super().__init__(tasks, self.base, order, per_step, record, common)
         self._turn = {task: cast(Optimizer, _Turn(self.base)) for task in self.tasks}
 
     def step(  # type: ignore[override]  # torch's closure is the keyword `closure` here
@@ -96,7 +104,7 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
         closure: Any = None,
         **keywords: Any,
     ) -> dict[str, Tensor]:
-        """Takes a step for every task that the batch has labels for.
+        """Takes a step for every task that the batch has labels for, or `per_step` of them.
 
         Args:
             losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar

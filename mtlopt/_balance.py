@@ -80,6 +80,7 @@ class Balance:
         self.given = torch.tensor(
             [initial_losses.get(t, nan) if isinstance(t, tuple) else nan for t in tasks]
         )
+        # Of the last update, for the diagnosis alone.
         self.rates: dict[Task, tuple[Tensor, Tensor]] = {}
         self.skipped = False
         # A tensor each, so that Adam leaves the weight and the moments of an absent task alone.
@@ -109,6 +110,7 @@ class Balance:
         self._adam.step()
         self._adam.zero_grad()
         moved = torch.stack([self.weights[task] for task in present]).clamp(min=SMALLEST_WEIGHT)
+        # The whole sums to T by definition; a part keeps the sum it had, the rest stays as it is.
         everyone = len(present) == len(self.tasks)
         moved *= (len(present) if everyone else weights.sum()) / moved.sum()
         for task, weight in zip(present, moved, strict=True):

@@ -9,12 +9,38 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from mtlopt._base import MultiTaskOptimizer
+from mtlopt._classes import refuse_hooks
 from mtlopt._follower import copied
-from mtlopt._losses import Task
+from mtlopt._losses import Task, check_tasks
 from mtlopt._saved import extras
 
 
-def build(
+def make(
+    optimizer_class: Any, params: Any, tasks: Any, options: dict[str, Any]
+) -> dict[Task, Optimizer]:
+    """Tells the two forms of the constructor from each other."""
+    if isinstance(optimizer_class, Optimizer):
+        if options or (params is not None and tasks is not None):
+            raise TypeError(
+                "An instance has its parameters and options already: "
+                "IndependentOptimizer(optimizer, tasks)."
+            )
+        return _duplicates(optimizer_class, check_tasks(params if tasks is None else tasks))
+    if params is None or tasks is None:
+        raise TypeError(
+            "IndependentOptimizer takes a class, parameters and tasks, or an instance and tasks: "
+            "IndependentOptimizer(torch.optim.Adam, model.parameters(), tasks, lr=1e-3)."
+        )
+    if "weights" in options:
+        raise TypeError(
+            "IndependentOptimizer takes no `weights`: Adam, by itself, undoes a task's weight. "
+            "Give a task a learning rate of its own, optimizer[task].param_groups[0]['lr'] = ..., "
+            "or take JointOptimizer(optimizer, tasks, weights)."
+        )
+    return _build_each(optimizer_class, params, check_tasks(tasks), options)
+
+
+def _build_each(
     optimizer_class: Callable[..., Optimizer],
     params: Iterable[Any],
     tasks: Iterable[Task],
@@ -25,7 +51,7 @@ def build(
     return {task: _build(optimizer_class, params, options) for task in tasks}
 
 
-def duplicate(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optimizer]:
+def _duplicates(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optimizer]:
     """Makes an optimizer for each task that is as the given one, with a copy of its state."""
     name = type(optimizer).__name__
     if isinstance(optimizer, MultiTaskOptimizer):
@@ -33,6 +59,7 @@ def duplicate(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optimiz
             f"`optimizer` must be a plain torch.optim.Optimizer, got {name}: a method does not go "
             "into another; pass what that one wraps."
         )
+    refuse_hooks(optimizer)
     if "step" in vars(optimizer) or any("initial_lr" in g for g in optimizer.param_groups):
         raise ValueError(
             f"`optimizer` must have no scheduler yet, got {name} with one, which would move "
@@ -49,6 +76,7 @@ def duplicate(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optimiz
 def _duplicate(optimizer: Optimizer) -> Optimizer:
     copy = type(optimizer).__new__(type(optimizer))
     memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    # What refers to the optimizer, a bound method say, is to refer to the copy.
     memo[id(optimizer)] = copy
     _note_subclasses(optimizer.state, memo)
     # Not the constructor, whose signature is the class's own business.
@@ -111,4 +139,5 @@ def _build(
             "`optimizer_class` must make a plain torch.optim.Optimizer, "
             f"got {type(optimizer).__name__} from {optimizer_class!r}."
         )
+    refuse_hooks(optimizer)
     return optimizer

@@ -28,6 +28,17 @@ def check_class(optimizer: Optimizer, groups: Iterable[Mapping[str, Any]]) -> No
             )
 
 
+def refuse_hooks(optimizer: Optimizer) -> None:
+    """Refuses a class that takes the gradients by hooks of its own, in every backward pass."""
+    if any(kind.__name__ == "CPUOffloadOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "`optimizer` must step on what lies in `.grad`, got torchao's CPUOffloadOptimizer, "
+            "whose hooks take the gradient of every task's backward pass, and whose copies of the "
+            "weights would undo the other tasks' steps. For states off the device: FSDP2 with "
+            "`offload_policy=CPUOffloadPolicy()`; for small ones: torchao's AdamW8bit."
+        )
+
+
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether the optimizer's `step` cannot do without a closure, as LBFGS's."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")

@@ -133,6 +133,7 @@ def conflicts(
     batches = list_batches(losses, batch, None)
     _, gradients = collect(question, checked, batches, parameters, ALONE, alone=True)
     present = torch.tensor([k for k, task in enumerate(checked) if task in gradients]).long()
+    # The user chose the parameters, so each counts, whoever reaches it.
     products = gram(list(gradients.values()), shared=False)
     norms = torch.full((len(checked),), float("nan"), dtype=torch.float64)
     angles = torch.full((len(checked), len(checked)), float("nan"), dtype=torch.float64)

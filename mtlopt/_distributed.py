@@ -36,6 +36,7 @@ class Ranks:
         Returns:
             The averages of the tasks present, each with the count of all its samples.
         """
+        # A count of 0 is a task that is absent, whatever its loss is: the mean of nothing is NaN.
         means = {name: average(losses) for name, losses in seen.items() if losses}
         return {name: mean for name, mean in means.items() if mean.samples}
 
@@ -53,6 +54,7 @@ class Ranks:
 
     def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
         """Makes sure that the ranks' gradients are one where that is their business."""
+        # Nobody named any ranks, yet there are some: DDP, or a mistake that would stay unseen.
         if (ranks := all_ranks()) is not None and not is_sharded(_given(gradients)):
             _compare(norm(gradients), ranks, of, remedy)
 
@@ -78,6 +80,7 @@ class ReducingRanks(Ranks):
 
     def share(self, own: int, total: int) -> float:
         """The mean over ranks becomes the mean over samples; every rank takes the pass."""
+        # 0 for a rank without labels, not None: DDP waits for the pass of every rank.
         return own * dist.get_world_size(self.group) / total
 
     def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
@@ -113,6 +116,7 @@ class SummingRanks(Ranks):
 
     def sum(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
         """Sums in flat buckets of one dtype what some rank has; None where no rank has any."""
+        # What a task reaches depends on the batch, so the ranks agree on it first.
         has = torch.tensor([g is not None for g in gradients], dtype=torch.int32)
         has = has.to(self._device)
         dist.all_reduce(has, group=self.group)
@@ -194,6 +198,7 @@ def _agree(
 ) -> tuple[dict[str, Loss], dict[str, int]]:
     """Averages over batches and ranks; says too on how many ranks each task was not brought."""
     like = next((loss.value for losses in seen.values() for loss in losses), torch.zeros(()))
+    # Sums, counts and absences in one message; float64 holds any count of samples exactly.
     totals = torch.zeros(3, len(seen), dtype=torch.float64, device=device)
     for i, losses in enumerate(seen.values()):
         for loss in losses:
@@ -210,9 +215,11 @@ def _agree(
 
 def _compare(size: Tensor, ranks: dist.ProcessGroup, of: str, remedy: str) -> None:
     size = size.to(_device_of(ranks, size.device)).double()
+    # One reduction for both ends: the smallest is the largest of the negatives.
     extremes = torch.stack([size, -size])
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks)
     largest, smallest = extremes.tolist()
+    # An overflow is the scaler's business, and NaN equals nothing.
     if math.isfinite(largest) and largest != -smallest:
         raise ValueError(
             f"The gradients {of} must be the same on all ranks, got norms from {-smallest} to "
@@ -227,6 +234,7 @@ def _buckets(indices: list[int], parameters: Sequence[Tensor]) -> list[list[int]
     size = 0
     for i in indices:
         parameter = parameters[i]
+        # In the parameters' order, so that every rank fills the same buckets.
         if kind != (parameter.dtype, parameter.device) or size >= BUCKET_BYTES:
             buckets.append([])
             kind, size = (parameter.dtype, parameter.device), 0

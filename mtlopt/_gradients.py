@@ -22,6 +22,7 @@ SMALLEST_SQUARE = 1e-25
 
 def add(first: Gradients, second: Gradients) -> Gradients:
     """Adds the second gradient to the first, in place where both reach a parameter."""
+    # A sparse tensor cannot take a dense one in place, a dense one takes either.
     return [
         b if a is None else a if b is None else b.add_(a) if a.is_sparse else a.add_(b)
         for a, b in zip(first, second, strict=True)
@@ -45,6 +46,7 @@ def norm(gradients: Gradients) -> Tensor:
     if not is_sharded(given):
         total: Tensor = torch.stack([n.to(norms[0]) for n in norms]).norm()
         return total
+    # A mesh of two parallelisms cuts some tensors twice and copies others: each by its own.
     squares: dict[Spread, list[Tensor]] = {}
     for gradient, own in zip(given, norms, strict=True):
         squares.setdefault(spread(gradient), []).append(own.square())
@@ -88,6 +90,7 @@ def gram(gradients: Sequence[Gradients], shared: bool = True) -> Tensor:
     ]
     with _full_precision():
         total = _products(columns, len(gradients), torch.float32)
+        # A squared norm out of float32's range tells that products may be: then once more, wider.
         squares = total.diagonal()
         within = squares.isfinite() & (squares >= SMALLEST_SQUARE)
         if not within.all() and any(g.dtype != torch.float64 for _, c in columns for g in c):
@@ -125,6 +128,7 @@ def combine(
                 combined[position] = total = total.to_dense()
             totals.append(local(total))
             terms.append(local(part))
+        # One pass for all tensors of a task: a pass each costs as much again in small calls.
         *before, last = _factors(coefficient)
         for factor in before:
             torch._foreach_mul_(firsts + terms, factor)
@@ -151,6 +155,7 @@ def _factors(coefficient: float) -> list[float]:
     """Splits a number that float32 may not hold; its product with a gradient can be in range."""
     if coefficient == 0 or not (abs(coefficient) > 1e30 or abs(coefficient) < 1e-30):
         return [coefficient]
+    # 1e60 times a gradient of 1e-30 is in range, and so is each half of the way.
     root: float = abs(coefficient) ** 0.5
     return [root, root if coefficient > 0 else -root]
 
@@ -172,6 +177,7 @@ def _products(
     """Sums the inner products over the columns, kept apart by who shares them and how they lie."""
     sums: dict[tuple[tuple[int, ...], Spread], Tensor] = {}
     for tasks, column in columns:
+        # Only matrices of one shape and spread can be added before they are put in place.
         key = tasks, spread(column[0])
         for block in _blocks([local(gradient) for gradient in column]):
             product = _inner_products(torch.stack(block), dtype)
@@ -196,6 +202,7 @@ def _inner_products(rows: Tensor, dtype: torch.dtype) -> Tensor:
     rows = rows.to(torch.promote_types(rows.dtype, dtype))
     # Inside a caller's autocast the products would be of half precision.
     with torch.autocast(rows.device.type, enabled=False):
+        # A batch of short products runs on all cores, one long product of few rows on one.
         if rows.shape[1] % CHUNK:
             return (rows @ rows.mT.conj()).real.to(wide)
         chunks = rows.reshape(len(rows), rows.shape[1] // CHUNK, CHUNK).transpose(0, 1)
@@ -209,7 +216,7 @@ def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """
     if any(part.is_sparse for part in parts):
         parts = [part.to_dense() for part in parts]
-    elif len({part.stride() for part in parts}) == 1:
+    elif len({part.stride() for part in parts}) == 1:  # Channels last would be copied otherwise.
         order = sorted(range(parts[0].dim()), key=parts[0].stride, reverse=True)
         parts = [part.permute(order) for part in parts]
     size = max(parts[0].numel(), 1)

@@ -144,8 +144,7 @@ class GradNorm(CombiningOptimizer):
             return super()._add_gradient(question, batches, arrived)
         single = len(batches) == 1 and (self.forwards == "joint" or not question.is_function)
         at_once = single and self._ranks is ALONE
-        add_gradient = self._add_at_once if at_once else self._add_collected
-        values = add_gradient(question, batches, arrived)
+        values = (self._add_at_once if at_once else self._add_collected)(question, batches, arrived)
         if (gradient := self.shared[0].grad) is not None:
             setattr(gradient, MARK, gradient._version)
         return values
@@ -204,7 +203,10 @@ class GradNorm(CombiningOptimizer):
     def _combine(self, rows: Rows) -> Gradients:
         """Over features: the rows are of weighted losses already, and the sum is plain."""
         if rows.gradients:
-            found = dict(zip(rows.gradients, rows.gram().diagonal().sqrt(), strict=True))
+            # On the device, where rows are whole: they travel to the host with the losses.
+            found = {task: norm(own) for task, own in rows.gradients.items()}
+            if rows.ranks not in (None, ALONE):
+                found = dict(zip(rows.gradients, rows.gram().diagonal().sqrt(), strict=True))
             unit, *norms = self._checked_numbers(found, rows.values, arrived=False)
             for task, size in zip(found, norms, strict=False):
                 pending = self._pending.setdefault(task, Pending())
@@ -245,8 +247,7 @@ class GradNorm(CombiningOptimizer):
         found = {task: norm([*gradient]) for task, gradient in sums.items()}
         unit, *norms = self._checked_numbers(found, values, arrived)
         for (task, gradient), size in zip(sums.items(), norms, strict=True):
-            pending = self._pending.setdefault(task, Pending())
-            pending.gradient, pending.norm = gradient, size / unit
+            self._pending[task].gradient, self._pending[task].norm = gradient, size / unit
 
     def _checked_numbers(
         self, norms: Mapping[Task, Tensor], values: Mapping[str, Tensor], arrived: bool
@@ -285,9 +286,8 @@ class GradNorm(CombiningOptimizer):
     def _stepped(self, skipped: Tensor | None) -> None:
         pending = dict(self._pending)
         self._pending.clear()
-        if not pending or (skipped is not None and skipped):
-            return
-        self._balance.update({task: seen.seen() for task, seen in pending.items()})
+        if pending and not (skipped is not None and skipped):
+            self._balance.update({task: seen.seen() for task, seen in pending.items()})
 
     def _collect_state(self) -> dict[str, Any]:
         state = super()._collect_state()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._base import Common
-from mtlopt._build import build, duplicate
+from mtlopt._build import make
 from mtlopt._collect import collect
 from mtlopt._distributed import broadcast_parameters, choose_ranks
 from mtlopt._losses import (
@@ -24,7 +24,7 @@ from mtlopt._losses import (
 )
 from mtlopt._panel import Panel
 from mtlopt._passes import put
-from mtlopt._sequential import Order, SequentialOptimizer, refuse_closure
+from mtlopt._sequential import Order, Record, SequentialOptimizer, refuse_closure
 
 Schedule: TypeAlias = Literal["sequential", "simultaneous"]
 
@@ -40,6 +40,9 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
     :math:`\hat m^{(k)}` is the update rule (Adam's, momentum's, any class's) with task k's own
     moments. T optimizers hold T times one optimizer's state for the parameters that all tasks
     reach; a parameter that task k does not reach gets no state in optimizer k.
+
+    With ``schedule="simultaneous"`` and Adam, AdaGrad or RMSprop this is AdaTask: moments of each
+    task's own, all gradients from one forward pass. (AdamW decays the weights in each task's step.)
 
     ``IndependentOptimizer(optimizer, tasks)`` makes T optimizers of an instance's class, groups,
     options and state; the instance itself is not used afterwards. ``IndependentOptimizer(
@@ -58,6 +61,11 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
             from one forward pass (holding T gradients), then applies the T steps in turn.
         order: "fixed" keeps the order of `tasks`, "shuffled" draws it anew each step from
             ``self.generator`` (seed 0; saved in the state dict).
+        per_step: How many of the T tasks a step visits, so that it costs as many passes: all of
+            them if None. They come from a shuffled cycle, each equally often; one that is absent
+            from its batch has had its turn. "simultaneous" takes all.
+        record: "updates" has :meth:`diagnostics` say what each task's step moves; while a step
+            lasts it costs T copies of the parameters that several tasks reach.
         scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks that agree on the tasks' counts. "sequential" wants a model wrapped
@@ -66,9 +74,9 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
 
     Raises:
         TypeError: If `optimizer_class` makes something other than a plain optimizer.
-        ValueError: If `tasks` is empty or repeats a name, if `params` is empty, if the class
-            swaps the parameters for evaluation (schedule-free) and there are several tasks, or if
-            a scheduler or a hook is attached to an instance.
+        ValueError: If `tasks` is empty or repeats a name, if `params` is empty, if `per_step` is
+            out of its range, if the class swaps the parameters for evaluation (schedule-free) and
+            there are several tasks, or if a scheduler or a hook is attached to an instance.
 
     Example:
         >>> import torch, mtlopt
@@ -88,7 +96,8 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         >>> optimizer["a"].step()
 
     References:
-        Pascal et al., 2021 (arXiv 2109.11678); Pascal et al., Scientific Reports 12:12361, 2022.
+        Pascal et al., 2021 (arXiv 2109.11678); Pascal et al., Scientific Reports 12:12361, 2022;
+        AdaTask: Yang et al., AAAI 2023 (arXiv 2211.15055).
     """
 
     _without_losses = (
@@ -110,6 +119,8 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         *,
         schedule: Schedule = "sequential",
         order: Order = "fixed",
+        per_step: int | None = None,
+        record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -124,6 +135,8 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         *,
         schedule: Schedule = "sequential",
         order: Order = "fixed",
+        per_step: int | None = None,
+        record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -138,6 +151,8 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         *,
         schedule: Schedule = "sequential",
         order: Order = "fixed",
+        per_step: int | None = None,
+        record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -148,14 +163,20 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
                 f"`schedule` must be 'sequential' or 'simultaneous', got {schedule!r}."
             )
         self.schedule = schedule
-        optimizers = _make(optimizer_class, params, tasks, options)
+        optimizers = make(optimizer_class, params, tasks, options)
         self._lay_out(optimizers)
         first = next(iter(optimizers.values()))
-        super().__init__(optimizers, first, order, Common(scaler, check_finite, process_group))
+        common = Common(scaler, check_finite, process_group)
+        super().__init__(optimizers, first, order, per_step, record, common)
         if self._needs_closure and schedule == "simultaneous":
             raise ValueError(
                 "`schedule` must be 'sequential' for a class that needs a closure, "
                 f"got 'simultaneous' for {type(first).__name__}."
+            )
+        if schedule == "simultaneous" and per_step is not None:
+            raise ValueError(
+                "`per_step` must be None with schedule='simultaneous', whose one forward pass is "
+                f"of all tasks, got {per_step}."
             )
         if schedule == "simultaneous":
             broadcast_parameters(self._parameters, process_group)
@@ -168,7 +189,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         closure: Any = None,
         **keywords: Any,
     ) -> dict[str, Tensor]:
-        """Takes a step for every task that the batch has labels for, each with its own state.
+        """Takes a step for every task, or `per_step` of them, each with its own state.
 
         Args:
             losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar
@@ -232,31 +253,6 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
                 put(parameters, gradients.pop(task))
                 self._update(self[task], task, values)
         return values
-
-
-def _make(
-    optimizer_class: Any, params: Any, tasks: Any, options: dict[str, Any]
-) -> dict[Task, Optimizer]:
-    """Tells the two forms of the constructor from each other."""
-    if isinstance(optimizer_class, Optimizer):
-        if options or (params is not None and tasks is not None):
-            raise TypeError(
-                "An instance has its parameters and options already: "
-                "IndependentOptimizer(optimizer, tasks)."
-            )
-        return duplicate(optimizer_class, check_tasks(params if tasks is None else tasks))
-    if params is None or tasks is None:
-        raise TypeError(
-            "IndependentOptimizer takes a class, parameters and tasks, or an instance and tasks: "
-            "IndependentOptimizer(torch.optim.Adam, model.parameters(), tasks, lr=1e-3)."
-        )
-    if "weights" in options:
-        raise TypeError(
-            "IndependentOptimizer takes no `weights`: Adam, by itself, undoes a task's weight. "
-            "Give a task a learning rate of its own, optimizer[task].param_groups[0]['lr'] = ..., "
-            "or take JointOptimizer(optimizer, tasks, weights)."
-        )
-    return build(optimizer_class, params, check_tasks(tasks), options)
 
 
 def random_groups(

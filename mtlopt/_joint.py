@@ -1,6 +1,6 @@
 """JointOptimizer: the weighted sum of the losses (eq. 1)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -11,15 +11,13 @@ from torch.optim import Optimizer
 
 from mtlopt._base import Common
 from mtlopt._collect import Forwards, ask, collect
-from mtlopt._combining import Batches, CombiningOptimizer
-from mtlopt._distributed import ALONE, Ranks
-from mtlopt._gradients import Gradients
+from mtlopt._combining import Batches
+from mtlopt._distributed import ALONE
 from mtlopt._losses import Question, Task, names_of, sum_tensors, weighted
-from mtlopt._passes import backward, differentiate, leaves
-from mtlopt._shards import is_sharded
+from mtlopt._one_pass import OnePassOptimizer
 
 
-class JointOptimizer(CombiningOptimizer):
+class JointOptimizer(OnePassOptimizer):
     r"""Takes one step on the weighted sum of the losses, the ordinary baseline.
 
     .. math:: w \leftarrow w - \eta \sum_k c^{(k)} g^{(k)}(w)
@@ -141,26 +139,3 @@ class JointOptimizer(CombiningOptimizer):
             self._pass(sum_tensors(total) if total else None, scale, ranks if means else ALONE)
             values |= {name: mean.value for name, mean in means.items()}
         return values
-
-    def _pass(
-        self, total: Tensor | None, scale: Callable[[Tensor], Tensor] | None, ranks: Ranks
-    ) -> None:
-        """Takes the one backward pass; ranks that sum gradients do so apart from earlier ones."""
-        parameters = self._parameters
-        losses = [] if total is None else [total if scale is None else scale(total)]
-        if ranks.at_the_end is ALONE:
-            for loss in losses:
-                backward(loss, parameters)
-            return
-        nothing: Gradients = [None] * len(parameters)
-        own = next(iter([*differentiate(losses, parameters)]), nothing)
-        self._add(ranks.at_the_end.sum(own, parameters))
-
-    def _note_reach(self, terms: Mapping[str, Tensor]) -> None:
-        """Looks, once a task, whether its loss reaches a parameter; the sum's pass cannot tell."""
-        for name in terms.keys() - self._watch.looked:
-            self._watch.looked.add(name)
-            found = None if is_sharded(self._parameters) else leaves([terms[name]])
-            own = {id(parameter) for parameter in self._parameters}
-            if found is not None and not any(id(leaf) in own for leaf in found):
-                self._watch.unreached(name)

@@ -31,6 +31,7 @@ def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
         raise TypeError(
             f'`tasks` must be an iterable of names, got {tasks!r}: tasks=("left", "right").'
         )
+    # Lists become tuples: tasks are keys, and a configuration file knows no tuples.
     checked = tuple(tuple(task) if isinstance(task, list) else task for task in tasks)
     if not checked:
         raise ValueError("`tasks` must name at least one task, got none.")
@@ -96,11 +97,18 @@ def list_batches(
 class Question:
     """Asks `losses` for some of the tasks, and checks the answer."""
 
-    def __init__(self, losses: object, known: Sequence[str], check_finite: bool) -> None:
+    def __init__(
+        self, losses: object, known: Sequence[str], check_finite: bool, graph: bool = True
+    ) -> None:
         self._losses = losses
         self._known = known
         self._check_finite = check_finite
+        self._graph = graph
         self.is_function = not isinstance(losses, Mapping)
+
+    def without_graph(self) -> "Question":
+        """Asks for the values alone."""
+        return Question(self._losses, self._known, self._check_finite, graph=False)
 
     def __call__(self, names: Sequence[str], batch: tuple[Any, ...]) -> dict[str, Loss]:
         """Returns the losses of `names` on one batch; absent tasks are left out.
@@ -122,7 +130,7 @@ class Question:
         for name in names:
             loss = found.get(name)
             if loss is not None:
-                present[name] = _check_loss(name, loss, self._check_finite)
+                present[name] = _check_loss(name, loss, self._check_finite, self._graph)
         # What was not asked for now is ignored: a model may compute everything.
         if len(found) > len(present):
             unknown = [name for name in found if name not in self._known]
@@ -167,6 +175,7 @@ def _call(losses: object, names: tuple[str, ...], batch: tuple[Any, ...]) -> Any
             f"got {type(losses).__name__}{remedy(losses)}. A function goes before its batch: "
             "optimizer.step(losses, *batch)."
         )
+    # Called first and understood afterwards: only who made the mistake pays for the signature.
     try:
         return losses(names, *batch)
     except TypeError as error:
@@ -186,13 +195,14 @@ def _call(losses: object, names: tuple[str, ...], batch: tuple[Any, ...]) -> Any
         raise
 
 
-def _check_loss(name: str, loss: Any, check_finite: bool) -> Loss:
+def _check_loss(name: str, loss: Any, check_finite: bool, graph: bool) -> Loss:
     value, count = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, 1)
     if not isinstance(value, Tensor):
         raise TypeError(
             f"The loss of task {name!r} must be a tensor, (tensor, count) or None, got {loss!r}"
             + (": loss, not loss.item()." if isinstance(loss, float) else ".")
         )
+    # Integers of numpy and torch count too; a float is likely a sum in the wrong place.
     try:
         count = operator.index(count)
     except TypeError:
@@ -207,7 +217,7 @@ def _check_loss(name: str, loss: Any, check_finite: bool) -> Loss:
             f"The loss of task {name!r} must be a scalar, got shape {tuple(value.shape)}: "
             "loss.mean()."
         )
-    if not value.requires_grad:
+    if graph and not value.requires_grad:
         raise ValueError(
             f"The loss of task {name!r} must have a graph to differentiate, got a tensor without "
             "one: it depends on no parameter that requires a gradient, was detached (leave out "

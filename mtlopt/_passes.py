@@ -41,6 +41,7 @@ def backward(
     inputs: list[Tensor] | None = None,
 ) -> None:
     """Adds the loss's gradient to `.grad` of the parameters that it reaches, and of no others."""
+    # Those that have a gradient already keep it: zeros add nothing.
     compiled = _is_compiled(loss)
     without = [p for p in parameters if p.grad is None] if compiled else []
     try:
@@ -120,7 +121,7 @@ def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
         if hasattr(node, "variable"):
             found.append(node.variable)
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
-            return None
+            return None  # Such as a reentrant checkpoint, whose parameters do not show.
     return found
 
 
@@ -141,7 +142,7 @@ def _is_compiled(loss: Tensor) -> bool:
 
 def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
     todo, seen = [loss.grad_fn for loss in losses], set()
-    while todo:
+    while todo:  # Not recursive: graphs are deeper than Python's stack.
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)

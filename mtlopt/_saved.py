@@ -42,7 +42,7 @@ class Saved(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state = self._collect_state()
-        state["mtlopt"] = self._identity() | state["mtlopt"]
+        state["mtlopt"] = self._identity() | state["mtlopt"] | self._own_state()
         if self.generator is not None:
             state["mtlopt"]["generator"] = self.generator.get_state()
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -72,10 +72,11 @@ class Saved(Optimizer):
         try:
             self._check_state(state_dict)
             self._restore_state(state_dict)
-            saved = state_dict.get("mtlopt", {}).get("generator")
-            if self.generator is not None and saved is not None:
+            own = state_dict.get("mtlopt", {})
+            self._restore_own_state(own)
+            if self.generator is not None and own.get("generator") is not None:
                 # A generator's state stays on the CPU, wherever `map_location` put it.
-                self.generator.set_state(saved.cpu())
+                self.generator.set_state(own["generator"].cpu())
         except BaseException as error:
             for owner, attributes in zip(owners, kept, strict=True):
                 vars(owner).clear()
@@ -87,6 +88,13 @@ class Saved(Optimizer):
             raise
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a kind of method saves beside its optimizers' states."""
+        return {}
+
+    def _restore_own_state(self, own: dict[str, Any]) -> None:
+        """Takes from the entry `mtlopt` what an older one may lack."""
 
     def _identity(self) -> dict[str, Any]:
         """What a saved state must have in common with the optimizer that loads it."""

@@ -1,6 +1,7 @@
 """SequentialOptimizer: the methods that step through the tasks in turn."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -14,17 +15,37 @@ from mtlopt._distributed import choose_ranks
 from mtlopt._gradients import norm
 from mtlopt._losses import Question, Task, names_of, sum_tensors
 from mtlopt._passes import backward, put
+from mtlopt._updates import Updates
 
 Order: TypeAlias = Literal["fixed", "shuffled"]
+Record: TypeAlias = Literal["updates"]
 
 
 class SequentialOptimizer(MultiTaskOptimizer):
     """A step per task, each at the weights that the previous task left."""
 
     def __init__(
-        self, tasks: Iterable[Task], inner: Optimizer, order: Order, common: Common
+        self,
+        tasks: Iterable[Task],
+        inner: Optimizer,
+        order: Order,
+        per_step: int | None,
+        record: Record | None,
+        common: Common,
     ) -> None:
         super().__init__(tasks, inner, common)
+        count = len(self.tasks)
+        if per_step is not None and per_step not in set(range(1, count + 1)):
+            raise ValueError(
+                f"`per_step` must be between 1 and {count} (the number of tasks), got {per_step!r}."
+            )
+        self.per_step = per_step
+        if record not in (None, "updates"):
+            raise ValueError(f"`record` must be 'updates' or None, got {record!r}.")
+        self.record = record
+        # Tasks by position: what is left of the permutation that was drawn last.
+        self._cycle: list[int] = []
+        self._updates = None if record is None else Updates(count)
         if order not in ("fixed", "shuffled"):
             raise ValueError(f"`order` must be 'fixed' or 'shuffled', got {order!r}.")
         self.order = order
@@ -42,8 +63,13 @@ class SequentialOptimizer(MultiTaskOptimizer):
         Returns:
             ``gradient_norms`` (T,), the Euclidean norm of each task's gradient before any hook, NaN
             for an absent task and before the first call; ``skipped`` (T,), whether the task's own
-            step was left out because its gradient overflowed. Empty before the first step. With
-            sharded parameters every rank must ask.
+            step was left out because its gradient overflowed. With ``record="updates"`` too, of
+            what each task's step has moved of the parameters that several tasks reach:
+            ``update_norms`` (T,); ``update_cosines`` (T, T) between the tasks' updates, NaN for an
+            absent task; and ``update_shares`` (T,), of the run so far, each task's part of the
+            decaying average (0.99 a step) of their squared norms, which is AdaTask's figure AU
+            summed over the parameters. Empty before the first step. With sharded parameters every
+            rank must ask.
         """
         self._wants_norms[0] = True
         if not self._seen:
@@ -56,21 +82,40 @@ class SequentialOptimizer(MultiTaskOptimizer):
                 [nan if n is None else n.to(nan.device) for n, _ in seen]
             ),
             "skipped": torch.stack([no if skipped is None else skipped for _, skipped in seen]),
+            **({} if self._updates is None else self._updates.diagnostics()),
         }
 
     def _batches(
         self, losses: object, batch: tuple[Any, ...], micro_batches: Iterable[Any] | None
     ) -> list[tuple[Any, ...]]:
         self._seen = {}
+        if self._updates is not None:
+            self._updates.begin()
         return super()._batches(losses, batch, micro_batches)
 
     def _turns(self) -> list[Task]:
-        """The tasks in this step's order."""
+        """This step's tasks in their order."""
         self._note_step()
-        if self.order == "fixed":
+        if self.per_step is not None:
+            drawn = self._next_of_cycle(self.per_step)
+        elif self.order == "fixed":
             return list(self.tasks)
-        drawn = torch.randperm(len(self.tasks), generator=self.generator)
-        return [self.tasks[i] for i in drawn.tolist()]
+        else:
+            drawn = self._permutation()
+        return [self.tasks[i] for i in drawn]
+
+    def _next_of_cycle(self, count: int) -> list[int]:
+        """Takes the next tasks of permutations that are drawn one after the other."""
+        rest = self._cycle
+        if len(rest) < count:
+            # Those still to come stand last in the new permutation: no task twice in a step.
+            rest = rest + sorted(self._permutation(), key=rest.__contains__)
+        drawn, self._cycle = rest[:count], rest[count:]
+        return sorted(drawn) if self.order == "fixed" else drawn
+
+    def _permutation(self) -> list[int]:
+        drawn: list[int] = torch.randperm(len(self.tasks), generator=self.generator).tolist()
+        return drawn
 
     def _check_function(self, losses: object) -> None:
         if losses is None:
@@ -149,12 +194,36 @@ class SequentialOptimizer(MultiTaskOptimizer):
             self._watch.unreached(task)
         wanted = self._wants_norms[0]
         self._seen[task] = (norm([p.grad for p in self._walk()]) if wanted else None, skipped)
-        if self._scaling is not None and skipped is not None:
-            self._scaling.step(optimizer)
-        elif self._needs_closure and again is not None:
-            optimizer.step(repeat(values, again, _total, self._parameters))
-        else:
-            optimizer.step()
+        recording: AbstractContextManager[None] = nullcontext()
+        if self._updates is not None:
+            recording = self._updates.of(self.tasks.index(task), self._parameters)
+        with recording:
+            if self._scaling is not None and skipped is not None:
+                self._scaling.step(optimizer)
+            elif self._needs_closure and again is not None:
+                optimizer.step(repeat(values, again, _total, self._parameters))
+            else:
+                optimizer.step()
+
+    def _finish(self, values: Mapping[str, Tensor]) -> None:
+        super()._finish(values)
+        if self._updates is not None:
+            self._updates.finish()
+
+    def _own_state(self) -> dict[str, Any]:
+        cycle = {} if self.per_step is None else {"cycle": list(self._cycle)}
+        return cycle | ({} if self._updates is None else {"squares": self._updates.squares})
+
+    def _restore_own_state(self, own: dict[str, Any]) -> None:
+        self._cycle = list(own.get("cycle", ()))
+        if not set(self._cycle) <= set(range(len(self.tasks))):
+            raise ValueError(
+                f"`state_dict` must have a `cycle` of {len(self.tasks)} tasks, got {self._cycle}."
+            )
+        if self._updates is not None:
+            self._updates = Updates(len(self.tasks))
+            if "squares" in own:
+                self._updates.squares = own["squares"].clone().cpu()
 
     def _compare(self, task: Task) -> None:
         """Makes sure, once for each task, that the ranks' gradients are one."""

@@ -34,6 +34,7 @@ def spread(tensor: Tensor) -> Spread:
 def sum_over_shards(values: Mapping[Spread, Tensor]) -> Tensor:
     """Sums what each rank computed from its parts, each kind of spread over its own ranks."""
     for cut, value in values.items():
+        # In the same order on every rank: the keys come in the order of the parameters.
         for dimension in () if cut is None else cut[1]:
             assert cut is not None
             dist.all_reduce(value, group=cut[0].get_group(dimension))

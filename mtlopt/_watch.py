@@ -47,6 +47,7 @@ class Watch:
         A mark lies on each gradient and holds its version, so a new gradient has none and one that
         was written to has an old one. What a scaler unscales keeps its version.
         """
+        # Not the tensors themselves: that would keep their memory after `zero_grad`.
         self._applied = True
         for parameter in parameters:
             if (gradient := parameter.grad) is not None:
@@ -81,6 +82,7 @@ class Watch:
         """Whether all that lies in `.grad` has been applied, so that nothing is left to do."""
         if not self._applied:
             return False
+        # By tensor and version, not by number: comparing numbers would wait for the device.
         given = [parameter.grad for parameter in parameters if parameter.grad is not None]
         ages = [g._version - getattr(g, MARK) for g in given if hasattr(g, MARK)]
         if len(ages) < len(given) or any(ages):

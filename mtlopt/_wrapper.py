@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtlopt._base import MultiTaskOptimizer
+from mtlopt._classes import refuse_hooks
 
 Self = TypeVar("Self", bound="WrappedOptimizer")
 
@@ -20,6 +21,7 @@ class WrappedOptimizer(MultiTaskOptimizer):
 
     def __new__(cls: type[Self], *args: Any, **options: Any) -> Self:
         """Refuses a class before Python compares the arguments with the wrong signature."""
+        # A copy or a pickle calls this without arguments.
         if args and isinstance(args[0], type):
             name = args[0].__name__
             raise TypeError(
@@ -41,6 +43,7 @@ class WrappedOptimizer(MultiTaskOptimizer):
                 f"got {type(optimizer).__name__}: "
                 f"{type(self).__name__}(torch.optim.Adam(params, lr=...), tasks)."
             )
+        refuse_hooks(optimizer)
         self.base = optimizer
         self._hook()
 

@@ -14,14 +14,15 @@ PACKAGE = Path(mtlopt.__file__).parent
 
 # A module may import those of the lines before its own; a new one gets its place here.
 LAYERS = (
-    {"_classes", "_follower", "_losses", "_shards"},
+    {"_classes", "_follower", "_losses", "_shards", "_torchjd"},
     {"_balance", "_gradients", "_watch"},
     {"_saved"},
-    {"_base", "_distributed", "_passes"},
+    {"_base", "_distributed", "_passes", "_updates"},
     {"_build", "_collect", "_rows", "_wrapper"},
     {"_conflicts", "_features", "_panel", "_sequential"},
     {"_combining"},
-    {"_aggregated", "_alternating", "_gradnorm", "_independent", "_joint", "_pcgrad"},
+    {"_aggregated", "_alternating", "_gradnorm", "_independent", "_one_pass", "_pcgrad"},
+    {"_joint", "_scalarized"},
     {"_frameworks"},
     {"lightning", "transformers"},
 )

@@ -18,12 +18,20 @@ def aggregated(base: torch.optim.Optimizer, _: nn.Module) -> Any:
     return mtlopt.Aggregated(base, TASKS, ConFIG())
 
 
+def scalarized(base: torch.optim.Optimizer, _: nn.Module) -> Any:
+    """By a rule that looks twice."""
+    from torchjd.scalarization import FAMO
+
+    return mtlopt.Scalarized(base, TASKS, FAMO(3))
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     "joint": lambda base, _: mtlopt.JointOptimizer(base, TASKS),
     "alternating": lambda base, _: mtlopt.AlternatingOptimizer(base, TASKS),
     "pcgrad": lambda base, _: mtlopt.PCGrad(base, TASKS),
     "gradnorm": lambda base, m: mtlopt.GradNorm(base, TASKS, shared=[m.trunk[2].weight]),
     "aggregated": aggregated,
+    "scalarized": scalarized,
     "independent": lambda _, m: mtlopt.IndependentOptimizer(
         torch.optim.SGD, m.parameters(), TASKS, lr=0.05
     ),

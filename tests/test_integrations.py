@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.utils import clip_grad_norm_
 
 import goods
 import mtlopt
 from goods import TASKS
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,  # for the frameworks' imports
@@ -179,8 +179,8 @@ def test_every_tasks_loss_falls(trained: Run) -> None:
 def test_each_epoch_sees_every_row_once(trained: Run) -> None:
     """The next test trains a plain loop on the batches that were recorded here."""
     assert len(trained.batches) == STEPS
-    for start in range(0, STEPS, 8):
-        rows = torch.cat([batch["inputs"] for batch in trained.batches[start : start + 8]])
+    for first in range(0, STEPS, 8):
+        rows = torch.cat([batch["inputs"] for batch in trained.batches[first : first + 8]])
         assert len(rows.unique(dim=0)) == 512
 
 
@@ -497,8 +497,8 @@ def test_trainer_logs_the_mean_of_every_tasks_loss_and_a_norm(tmp_path: Path) ->
     logged = trainer.state.log_history
     assert [entry["step"] for entry in logged] == [3, 6, 6]
     network = trained.network
-    for entry, start in zip(logged, (0, 3), strict=False):
-        found = [goods.evaluate(network, TASKS, b) for b in trained.batches[start : start + 3]]
+    for entry, first in zip(logged, (0, 3), strict=False):
+        found = [goods.evaluate(network, TASKS, b) for b in trained.batches[first : first + 3]]
         means = {task: sum(f[task].item() for f in found) / 3 for task in TASKS}
         for task in TASKS:
             assert entry[f"loss_{task}"] == pytest.approx(means[task], rel=1e-5)
@@ -510,7 +510,7 @@ def test_trainer_logs_the_mean_of_every_tasks_loss_and_a_norm(tmp_path: Path) ->
 
 
 def test_trainer_evaluates_the_sum_of_the_losses(tmp_path: Path) -> None:
-    switches = {"per_device_eval_batch_size": 512, "label_names": list(TASKS)}
+    switches: dict[str, Any] = {"per_device_eval_batch_size": 512, "label_names": list(TASKS)}
     trainer, trained = train_trainer("pcgrad", tmp_path, **switches)
     data = torch.utils.data.default_collate(trainer.eval_dataset)
     losses = goods.evaluate(trained.network, TASKS, data)
@@ -587,6 +587,15 @@ def test_what_the_user_has_to_write_is_named(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_what_an_interrupted_run_has_kept_is_dropped_by_the_next() -> None:
+    program: Any = load("lightning")
+    module = program.Module("pcgrad")
+    module._trainer = SimpleNamespace(accumulate_grad_batches=3)
+    for batch, number in (("left", 0), ("over", 1), ("new", 0)):
+        module.training_step(batch, number)
+    assert module._micro_batches == [("new",)]
+
+
 def test_what_has_not_been_tried_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
@@ -642,7 +651,7 @@ def work(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each rank found, in one go: starting processes takes long."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(work, (str(folder),), nprocs=2)
+    start(work, str(folder), ranks=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

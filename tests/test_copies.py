@@ -1,0 +1,155 @@
+"""No step waits for a device more often than its method must."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchjd import aggregation
+
+import mtlopt
+from far import FarTensor, send, traffic
+from problems import TASKS, batches, make_losses, snapshot
+
+
+class Levels(nn.Module):
+    """A trunk that all tasks share, a layer that two of them share, and heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+        self.pair = nn.Linear(6, 6)
+        self.heads = nn.ModuleDict({task: nn.Linear(6, 2) for task in TASKS})
+
+    def forward(self, x: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+        z = self.trunk(x)
+        return {t: self.heads[t](z if t == "c" else self.pair(z).tanh()) for t in tasks}
+
+
+Make = Callable[..., mtlopt.MultiTaskOptimizer]
+
+
+def adam(model: nn.Module, **options: Any) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=0.01, **options)
+
+
+def independent(model: nn.Module, common: dict[str, Any], **options: Any) -> Any:
+    return mtlopt.IndependentOptimizer(adam(model, **options), TASKS, **common)
+
+
+def gradnorm(model: Any, common: dict[str, Any], **options: Any) -> Any:
+    where = {} if "features" in common else {"shared": model.trunk[0].parameters()}
+    return mtlopt.GradNorm(adam(model, **options), TASKS, **where, **common)
+
+
+def aggregated(aggregator: Callable[[], Any]) -> Make:
+    return lambda model, common, **options: mtlopt.Aggregated(
+        adam(model, **options), TASKS, aggregator(), **common
+    )
+
+
+def wrapping(method: Any) -> Make:
+    return lambda model, common, **options: method(adam(model, **options), TASKS, **common)
+
+
+METHODS: dict[str, Make] = {
+    "joint": wrapping(mtlopt.JointOptimizer),
+    "alternating": wrapping(mtlopt.AlternatingOptimizer),
+    "independent": independent,
+    "pcgrad": wrapping(mtlopt.PCGrad),
+    "gradnorm": gradnorm,
+    "upgrad": aggregated(aggregation.UPGrad),
+    "mgda": aggregated(aggregation.MGDA),
+    "mean": aggregated(aggregation.Mean),
+    "config": aggregated(aggregation.ConFIG),
+}
+TO_HOST = {"pcgrad": 1, "gradnorm": 1, "upgrad": 1, "mgda": 1}
+"""Copies of a step; none of the other methods. ConFIG works on the matrix, on the device."""
+
+KINDS = 2
+"""Of the shared parameters in `Levels`, by who shares them; each takes a few places along."""
+
+Count = Callable[[], tuple[int, int]]
+
+
+def train(
+    method: str, move: Any, model: Any, common: dict[str, Any], count: Count, **options: Any
+) -> list[tuple[int, int]]:
+    """Takes three steps, asking for the diagnosis after each; returns what passed in each."""
+    optimizer = METHODS[method](model, common, **options)
+    losses = make_losses(model)
+    optimizer.diagnostics()
+    passed = []
+    for x, y in batches(3):
+        batch = move(x.float()), {task: move(target.float()) for task, target in y.items()}
+        before = count()
+        optimizer.step(losses, *batch)
+        optimizer.diagnostics()
+        passed.append((count()[0] - before[0], count()[1] - before[1]))
+    return passed
+
+
+def run(
+    method: str, features: bool = False, make: dict[str, Any] | None = None, **options: Any
+) -> list[tuple[int, int]]:
+    """Trains on the device, and on the host to compare."""
+    model, twin = Levels(), Levels()
+    twin.load_state_dict(model.state_dict())
+    common, own = make or {}, {"features": twin.trunk} if features else {}
+    train(method, lambda t: t, twin, common | own, lambda: (0, 0), **options)
+    with traffic() as seen:
+        send(model)
+        own = {"features": model.trunk} if features else {}
+        passed = train(
+            method,
+            FarTensor,
+            model,
+            common | own,
+            lambda: (len(seen.to_host), len(seen.to_device)),
+            **options,
+        )
+        weights: dict[str, Any] = dict(snapshot(model))
+    for name, weight in snapshot(twin).items():
+        torch.testing.assert_close(weights[name].near, weight, rtol=0, atol=1e-5)
+    return passed
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_copies_to_the_host_once_or_never(method: str, foreach: bool) -> None:
+    """Once for the coefficients that a rule works out there; the diagnosis copies nothing."""
+    by_gramian = method in TO_HOST and method != "gradnorm"
+    expected = (TO_HOST.get(method, 0), KINDS if by_gramian else 0)
+    assert run(method, foreach=foreach) == [expected] * 3
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "upgrad", "mean"])
+def test_so_does_one_that_combines_at_the_features(method: str) -> None:
+    expected = (TO_HOST.get(method, 0), 1 if method in ("pcgrad", "upgrad") else 0)
+    assert run(method, features=True) == [expected] * 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_asking_for_finite_losses_copies_once_a_task(method: str) -> None:
+    """So the docstrings say; and the count does see a step that waits."""
+    expected = TO_HOST.get(method, 0) + len(TASKS)
+    assert [host for host, _ in run(method, make={"check_finite": True})] == [expected] * 3
+
+
+@pytest.mark.parametrize("method", ["alternating", "independent"])
+def test_another_order_or_schedule_copies_nothing_either(method: str) -> None:
+    assert run(method, make={"order": "shuffled"}) == [(0, 0)] * 3
+    if method == "independent":
+        assert run(method, make={"schedule": "simultaneous"}) == [(0, 0)] * 3
+
+
+def test_tensors_of_the_host_and_of_the_device_do_not_mix() -> None:
+    with traffic() as seen:
+        far = FarTensor(torch.ones(2))
+        with pytest.raises(RuntimeError, match="same device"):
+            far + torch.ones(2)
+        assert (far * 2 + torch.tensor(1.0)).tolist() == [3.0, 3.0]
+        assert (len(seen.to_host), len(seen.to_device)) == (1, 0)
+        assert torch.tensor([1.0], device=far.device).item() == 1.0
+    assert (len(seen.to_host), len(seen.to_device)) == (2, 1)
