@@ -127,7 +127,8 @@ def collect(folder: Path, problems: Mapping[str, str]) -> list[Results]:
             else:
                 failed[method] = own[0]["error"] if own and not good else "not run to the end"
         results.rates, results.failed = rates, failed
-        if join_single(results, problem.tasks) or not problem.single:
+        compared = join_single(results, problem.tasks) or not problem.single
+        if compared and SUM in results.tests:
             found.append(results)
     return found
 

@@ -1,10 +1,10 @@
 """The two-task toy of CAGrad (Liu et al., 2021), as Nash-MTL and FAMO use it too.
 
-    python benchmarks/study_toy.py    # writes toy.md and toy.png
+    python benchmarks/study_toy.py    # a minute; writes toy.md and toy.png
 
 From five starts, with Adam and the first loss times 0.1, 1 and 100. Which point of the front a
 method ends at should not depend on the unit of a loss. The rate is five times the papers' 1e-3, and
-the paths as long as theirs: minutes in the place of an hour.
+the paths as long as theirs.
 """
 
 import argparse
@@ -125,9 +125,8 @@ def draw(found: dict[str, Tensor], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--methods", nargs="+", default=["sum", "alternating", "independent", "PCGrad"]
-    )
+    known = [*ELEMENTWISE, *COMBINING]  # these take a run for each start and scale
+    parser.add_argument("--methods", nargs="+", default=list(ELEMENTWISE), choices=known)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
