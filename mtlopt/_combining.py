@@ -103,6 +103,7 @@ class CombiningOptimizer(WrappedOptimizer):
             question,
             self.tasks,
             batches,
+            parameters,
             ranks,
             combine=self._combine,
             weights=self._weights(),

@@ -52,6 +52,9 @@ class Ranks:
         """Sums a small tensor over the ranks; it comes back on the CPU."""
         return values
 
+    def check_batches(self, count: int) -> None:
+        """Makes sure that ranks which agree on every micro-batch have equally many."""
+
     def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
         """Makes sure that the ranks' gradients are one where that is their business."""
         # Nobody named any ranks, yet there are some: DDP, or a mistake that would stay unseen.
@@ -138,6 +141,17 @@ class SummingRanks(Ranks):
         values = values.to(self._device)
         dist.all_reduce(values, group=self.group)
         return values.cpu()
+
+    def check_batches(self, count: int) -> None:
+        """Refuses different numbers of micro-batches: the ranks would wait for each other."""
+        size = dist.get_world_size(self.group)
+        total, squares = self.total(torch.tensor([count, count**2])).tolist()
+        if total**2 != size * squares:
+            raise ValueError(
+                "With `features` every rank must have the same number of `micro_batches`, got "
+                f"{count} on this one of {size} that have {total}: take equal numbers, or leave "
+                "`features` out."
+            )
 
     def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
         """They have been summed."""

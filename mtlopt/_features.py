@@ -13,13 +13,14 @@ from mtlopt._collect import ask
 from mtlopt._distributed import Ranks
 from mtlopt._gradients import Gradients, add
 from mtlopt._losses import Loss, Question, Task, average, names_of, sum_tensors, weighted
-from mtlopt._passes import differentiate, explain
+from mtlopt._passes import differentiate, drop_zeros, explain, is_compiled, share_a_graph
 from mtlopt._rows import Rows
 
 
 class Cut(NamedTuple):
     """What one call of a module gave, and the leaves that took its place behind it."""
 
+    module: nn.Module
     outputs: list[Tensor]
     leaves: list[Tensor]
 
@@ -44,7 +45,11 @@ class Features:
     def cutting(self) -> Iterator[list[Cut]]:
         """Cuts the graph at the modules' outputs; the list fills as they are called."""
         cuts: list[Cut] = []
-        handles = [module.register_forward_hook(partial(_cut, cuts)) for module in self.modules]
+        # First of its hooks: one that keeps the output for the heads is to keep the leaf.
+        handles = [
+            module.register_forward_hook(partial(_cut, cuts), prepend=True)
+            for module in self.modules
+        ]
         try:
             yield cuts
         except RuntimeError as error:
@@ -57,8 +62,18 @@ class Features:
         finally:
             for handle in handles:
                 handle.remove()
-        if not cuts:
-            names = [type(module).__name__ for module in self.modules]
+
+    def check(self, cuts: Sequence[Cut]) -> None:
+        """Refuses modules that were not called, or whose output was not cut; frozen ones may be."""
+        uncut = [
+            module
+            for module in self.modules
+            if (own := [cut for cut in cuts if cut.module is module])
+            and not any(cut.leaves for cut in own)
+            and any(parameter.requires_grad for parameter in module.parameters())
+        ]
+        if uncut or not cuts:
+            names = [type(module).__name__ for module in uncut or self.modules]
             raise ValueError(
                 f"`features` must be called by `losses`, got {names} without a call whose output "
                 "needs a gradient: give the modules that the model itself calls, compile the trunk "
@@ -71,6 +86,7 @@ def combine_through(
     question: Question,
     tasks: Sequence[Task],
     batches: Sequence[tuple[object, ...]],
+    parameters: Sequence[Tensor],
     ranks: Ranks,
     *,
     combine: Callable[[Rows], Gradients],
@@ -90,12 +106,15 @@ def combine_through(
     """
     names = names_of(*tasks)
     seen: dict[str, list[Loss]] = {}
-    for batch in batches:
+    ranks.check_batches(len(batches))
+    for position, batch in enumerate(batches):
         with features.cutting() as cuts:
             terms, means = ask(question, names, batch, ranks)
+        if terms:  # A batch, or a rank, without labels need not call the trunk.
+            features.check(cuts)
         for name, mean in means.items():
             seen.setdefault(name, []).append(mean)
-        _check_counts(seen, batch is batches[-1], len(batches))
+        _check_counts(seen, position == len(batches) - 1, len(batches))
         leaves = [leaf for cut in cuts for leaf in cut.leaves]
         rows: dict[Task, Gradients] = {}
         losses: dict[Task, Tensor] = {}
@@ -110,10 +129,16 @@ def combine_through(
             ]
             if parts:
                 losses[task] = scale(sum_tensors(parts))
-        passes = differentiate(list(losses.values()), leaves)
+        outputs = [output for cut in cuts for output in cut.outputs]
+        # What heads and trunk have in common: a stem's connection that skips the trunk.
+        keep = share_a_graph(losses.values(), outputs)
+        compiled = is_compiled(*losses.values(), *outputs)
+        passes = differentiate(list(losses.values()), leaves, keep=keep)
         rows |= zip(losses, passes, strict=True)
         values = {name: mean.value for name, mean in means.items()}
         backward_from(cuts, combine(Rows(rows, leaves, values, scaled, apart=False, ranks=ranks)))
+        if compiled:
+            drop_zeros(parameters)
     return {name: average(losses).value for name, losses in seen.items()}
 
 
@@ -146,8 +171,8 @@ def _cut(cuts: list[Cut], module: nn.Module, arguments: Any, output: Any) -> Any
         return leaves.setdefault(id(tensor), (tensor, leaf))[1]
 
     changed = tree_map_only(Tensor, replace, output)
-    if leaves:
-        cuts.append(Cut(*map(list, zip(*leaves.values(), strict=True))))
+    outputs = [tensor for tensor, _ in leaves.values()]
+    cuts.append(Cut(module, outputs, [leaf for _, leaf in leaves.values()]))
     return changed
 
 

@@ -14,6 +14,8 @@ BLOCK = 2**20
 """Numbers that a processor takes at once, of all tasks together: they fit its cache."""
 CHUNK = 2**12
 """Numbers per task that one product sums, so that a processor's cores share a long sum."""
+HALVES = {torch.float16, torch.bfloat16}
+"""Types that may hold a gradient, and not its norm: 65504 is the largest number of float16."""
 NO_FLOAT64 = ("mps",)
 """Types of device that have none."""
 SMALLEST_SQUARE = 1e-25
@@ -42,7 +44,10 @@ def norm(gradients: Gradients) -> Tensor:
     dense = [local(g.coalesce().values() if g.is_sparse else g) for g in given]
     if not dense:
         return torch.zeros(())
-    norms = torch._foreach_norm(dense)
+    if {g.dtype for g in dense} <= HALVES:
+        norms = torch._foreach_norm(dense, 2, torch.float32)
+    else:
+        norms = torch._foreach_norm([g.float() if g.dtype in HALVES else g for g in dense])
     if not is_sharded(given):
         total: Tensor = torch.stack([n.to(norms[0]) for n in norms]).norm()
         return total

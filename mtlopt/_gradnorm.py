@@ -202,11 +202,13 @@ class GradNorm(CombiningOptimizer):
 
     def _combine(self, rows: Rows) -> Gradients:
         """Over features: the rows are of weighted losses already, and the sum is plain."""
-        if rows.gradients:
-            # On the device, where rows are whole: they travel to the host with the losses.
-            found = {task: norm(own) for task, own in rows.gradients.items()}
-            if rows.ranks not in (None, ALONE):
-                found = dict(zip(rows.gradients, rows.gram().diagonal().sqrt(), strict=True))
+        # On the device, where rows are whole: they travel to the host with the losses.
+        sizes = [norm(own) for own in rows.gradients.values() if rows.tensors]
+        if rows.ranks not in (None, ALONE):
+            products = rows.gram()
+            sizes = list(products.diagonal().sqrt()) if products.any() else []
+        if sizes:  # Frozen features teach the weights nothing.
+            found = dict(zip(rows.gradients, sizes, strict=True))
             unit, *norms = self._checked_numbers(found, rows.values, arrived=False)
             for task, size in zip(found, norms, strict=False):
                 pending = self._pending.setdefault(task, Pending())

@@ -10,7 +10,10 @@ from mtlopt._gradients import Gradients, norm
 
 
 def differentiate(
-    losses: Sequence[Tensor], parameters: Sequence[Tensor], alone: bool = False
+    losses: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    alone: bool = False,
+    keep: bool = False,
 ) -> Iterator[Gradients]:
     """Yields each loss's gradient, from one shared graph; leaves `.grad` as it was.
 
@@ -18,6 +21,7 @@ def differentiate(
         losses: T scalars with a graph.
         parameters: P leaf tensors.
         alone: Whether other leaves are to be left without a gradient.
+        keep: Whether the graph is needed after the last pass.
 
     Yields:
         T lists of P gradients, none of which shares its memory with another tensor.
@@ -28,7 +32,8 @@ def differentiate(
         for position, loss in enumerate(losses):
             # Not torch.autograd.grad, whose results may share memory, and which passes FSDP by.
             inputs = list(parameters) if alone else None
-            backward(loss, parameters, retain_graph=position < last, inputs=inputs)
+            retain_graph = keep or position < last
+            backward(loss, parameters, retain_graph=retain_graph, inputs=inputs)
             yield take(parameters)
     finally:
         put(parameters, earlier)
@@ -42,7 +47,7 @@ def backward(
 ) -> None:
     """Adds the loss's gradient to `.grad` of the parameters that it reaches, and of no others."""
     # Those that have a gradient already keep it: zeros add nothing.
-    compiled = _is_compiled(loss)
+    compiled = is_compiled(loss)
     without = [p for p in parameters if p.grad is None] if compiled else []
     try:
         loss.backward(retain_graph=retain_graph, inputs=inputs)
@@ -125,6 +130,12 @@ def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
     return found
 
 
+def share_a_graph(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
+    """Whether some node other than a leaf lies before both: its buffers are needed twice."""
+    nodes = set(_nodes(first))
+    return any(node in nodes and not hasattr(node, "variable") for node in _nodes(second))
+
+
 def _owned(gradient: Tensor | None) -> Tensor | None:
     # DDP's `gradient_as_bucket_view` hands out parts of its bucket, which its next pass overwrites.
     return gradient.clone() if gradient is not None and gradient._is_view() else gradient
@@ -136,8 +147,9 @@ def has_compiled() -> bool:
     return dynamo is not None and bool(dynamo.counters["aot_autograd"])
 
 
-def _is_compiled(loss: Tensor) -> bool:
-    return has_compiled() and any("CompiledFunction" in node.name() for node in _nodes([loss]))
+def is_compiled(*outputs: Tensor) -> bool:
+    """Whether a compiled graph lies before any of the tensors."""
+    return has_compiled() and any("CompiledFunction" in node.name() for node in _nodes(outputs))
 
 
 def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:

@@ -545,9 +545,10 @@ def test_ranks_equal_one_process_on_the_joined_batch(
 
 
 def test_a_matrix_and_one_gradient_travel(ranks: list[dict[str, Any]]) -> None:
-    """Beside them the counts and losses, and which parameters some rank reaches."""
+    """Beside them the counts and losses, which parameters some rank reaches, and how often."""
     gradient = sum(p.numel() for p in Network().parameters()) * 8
     matrix = len(TASKS) ** 2 * 8
     counts = 3 * len(TASKS) * 8
     reached = 5 * 4
-    assert ranks[0]["sent"] == gradient + matrix + counts + reached
+    micro_batches = 2 * 8
+    assert ranks[0]["sent"] == gradient + matrix + counts + reached + micro_batches
