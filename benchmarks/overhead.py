@@ -84,8 +84,7 @@ def main() -> None:
         cases = {name: lambda step=step: step for name, step in steps.items()}
         # A processor's time: what else the machine does lengthens a step of microseconds most.
         clock = time.process_time if options.device == "cpu" else time.perf_counter
-        times = measured.seconds(cases, options.repetitions, options.device, 20, clock)
-        print(json.dumps(times))
+        print(json.dumps(measured.seconds(cases, options.repetitions, options.device, 20, clock)))
         return
     results = measured.in_processes(options, ["times"] * options.processes)
     found = measured.medians(results)

@@ -109,6 +109,7 @@ class CombiningOptimizer(WrappedOptimizer):
             weights=self._weights(),
             scale=self._scale,
             scaled=scaled,
+            watch=self._watch,
         )
         if values:
             put(parameters, ranks.at_the_end.sum(take(parameters), parameters))

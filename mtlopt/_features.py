@@ -15,6 +15,7 @@ from mtlopt._gradients import Gradients, add
 from mtlopt._losses import Loss, Question, Task, average, names_of, sum_tensors, weighted
 from mtlopt._passes import differentiate, drop_zeros, explain, is_compiled, share_a_graph
 from mtlopt._rows import Rows
+from mtlopt._watch import Watch
 
 
 class Cut(NamedTuple):
@@ -93,6 +94,7 @@ def combine_through(
     weights: Mapping[str, float] | None,
     scale: Callable[[Tensor], Tensor],
     scaled: bool,
+    watch: Watch,
 ) -> dict[str, Tensor]:
     """Adds to `.grad` the combined gradient, with rows and coefficients of feature space.
 
@@ -135,6 +137,12 @@ def combine_through(
         compiled = is_compiled(*losses.values(), *outputs)
         passes = differentiate(list(losses.values()), leaves, keep=keep)
         rows |= zip(losses, passes, strict=True)
+        if leaves and losses and all(g is None for task in losses for g in rows[task]):
+            watch.once(
+                "uncut",
+                "No loss depends on what `features` gave, so no gradients are combined: give the "
+                "modules whose outputs the heads are called with.",
+            )
         values = {name: mean.value for name, mean in means.items()}
         backward_from(cuts, combine(Rows(rows, leaves, values, scaled, apart=False, ranks=ranks)))
         if compiled:

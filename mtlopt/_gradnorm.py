@@ -14,9 +14,9 @@ from mtlopt._base import Common
 from mtlopt._collect import Forwards, ask
 from mtlopt._combining import Batches, CombiningOptimizer
 from mtlopt._distributed import ALONE
-from mtlopt._gradients import Gradients, add, norm, numbers_of
+from mtlopt._gradients import Gradients, norm, numbers_of
 from mtlopt._losses import Question, Task, check_parameters, names_of, sum_tensors
-from mtlopt._passes import backward, partial, put
+from mtlopt._passes import backward, partial
 from mtlopt._rows import Rows
 from mtlopt._shards import local
 
@@ -155,16 +155,11 @@ class GradNorm(CombiningOptimizer):
 
     def _drop_stale(self) -> None:
         """Forgets what is pending where the gradient that it belongs to has gone from `.grad`."""
-        if self._features is not None:
-            self._pending.clear()
-            return
-        gradient = self.shared[0].grad
-        made = None if gradient is None else getattr(gradient, MARK, None)
-        if (
-            gradient is None
-            or made is None
-            or (made != gradient._version and not local(gradient).any())
-        ):
+        gradient = self.shared[0].grad if self.shared else None
+        kept = gradient is not None and hasattr(gradient, MARK)
+        if kept and gradient is not None and getattr(gradient, MARK) != gradient._version:
+            kept = bool(local(gradient).any())  # Zeros in place are a `zero_grad` too.
+        if not kept:
             self._pending.clear()
 
     def _seen_gradients(self) -> Gradients:
@@ -228,10 +223,8 @@ class GradNorm(CombiningOptimizer):
             for task, g in gradients.items()
         }
         self._remember(shared, values, arrived)
-        total = [parameter.grad for parameter in parameters]
         for task in list(gradients):
-            total = add(total, gradients.pop(task))
-        put(parameters, total)
+            self._add(gradients.pop(task))
         return values
 
     def _by_task(self, values: Mapping[str, Tensor]) -> dict[Task, list[Tensor]]:

@@ -174,6 +174,29 @@ def test_gradnorm_learns_from_norms_that_half_precision_does_not_hold(of: str) -
     assert found["weights"][0] < 1 < found["weights"][1]
 
 
+def test_features_that_no_loss_depends_on_are_asked_about_once() -> None:
+    """The modules' outputs are what all tasks share: here the heads read something else."""
+    model = Network()
+    x, y = batches(1)[0]
+
+    class Keeping(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            self.z = model.trunk(x)
+            return self.z * 1
+
+    trunk = Keeping()
+    optimizer = mtlopt.PCGrad(adam(model), TASKS, features=trunk)
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        trunk(x)
+        return {t: (model.heads[t](trunk.z) - y[t]).square().mean() for t in tasks}
+
+    with pytest.warns(UserWarning, match="No loss depends on what `features` gave") as caught:
+        optimizer.step(losses)
+    optimizer.step(losses)
+    assert len(caught) == 1
+
+
 # Ranks.
 
 
