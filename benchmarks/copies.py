@@ -7,14 +7,19 @@ the device has to do; so does a copy of ordinary memory to the device. On a proc
 copied: tests/test_copies.py counts what would be.
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
 import measured
 import mtlopt
-from steps import TASKS, Problem, make_step
+from steps import Problem, make_step
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
+from network import TASKS
 
 SEEN = {
     "copies to the host": "Memcpy DtoH",

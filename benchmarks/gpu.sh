@@ -107,9 +107,9 @@ bench copies 60 copies
 if [[ $toy ]]; then small=("${once[@]}"); fi
 bench overhead 60 overhead --processes 3
 if [[ $toy ]]; then small=("${once[@]}" --width 8 --size 32 --batch-size 1 --memory joint); fi
-bench steps 150 steps --processes 3 --size 256 --batch-size 8
-if [[ $toy ]]; then small=("${once[@]}" --tasks 2 --size 32 --batch-size 2); fi
-bench features 90 features --processes 3
+bench steps 120 steps --processes 2 --size 256 --batch-size 8
+if [[ $toy ]]; then small=("${once[@]}" --tasks 2 --size 32 --batch-size 2 --width 4); fi
+bench features 180 features --processes 2 --tasks 4 40 --size 128 --batch-size 16 --width 64
 if [[ $toy ]]; then small=("${once[@]}" --tasks 2); fi
 bench combination 140 combination --processes 2
 if [[ $toy ]]; then
@@ -118,6 +118,6 @@ fi
 bench refuge_step 210 refuge_step --processes 1 --width 64 --size 256 --batch-size 8 \
     --ways float32 tf32 fast --eager
 if [[ $toy ]]; then small+=(--eager); fi
-bench compiled 210 refuge_step --processes 1 --width 64 --size 256 --batch-size 8 \
+bench compiled 180 refuge_step --processes 1 --width 64 --size 256 --batch-size 8 \
     --methods joint independent --ways decoded fast
 exit "$status"

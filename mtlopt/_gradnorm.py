@@ -155,16 +155,11 @@ class GradNorm(CombiningOptimizer):
 
     def _drop_stale(self) -> None:
         """Forgets what is pending where the gradient that it belongs to has gone from `.grad`."""
-        if self._features is not None:
-            self._pending.clear()
-            return
-        gradient = self.shared[0].grad
-        made = None if gradient is None else getattr(gradient, MARK, None)
-        if (
-            gradient is None
-            or made is None
-            or (made != gradient._version and not local(gradient).any())
-        ):
+        gradient = self.shared[0].grad if self.shared else None
+        kept = gradient is not None and hasattr(gradient, MARK)
+        if kept and gradient is not None and getattr(gradient, MARK) != gradient._version:
+            kept = bool(local(gradient).any())  # Zeros in place are a `zero_grad` too.
+        if not kept:
             self._pending.clear()
 
     def _seen_gradients(self) -> Gradients:

@@ -36,7 +36,9 @@ class Scalarized(OnePassOptimizer):
 
     Parameters of the scalarizer (those of UW and IMTL-L) that `optimizer` does not hold become a
     group of it, without weight decay. They are moved to the device of the optimizer's first
-    parameter, and are saved in the state dict with the scalarizer's state. A rule that wants the
+    parameter, and are saved in the state dict with the scalarizer's state; for
+    ``torch.distributed.checkpoint``, which knows parameters by their names in the model, let the
+    scalarizer be a submodule of it. A rule that wants the
     losses after the step (FAMO, by its method ``update``) keeps its parameters to itself, and gets
     those losses: ``losses`` is called once more, without gradients and in whatever mode the model
     is in, so that batch norm sees the batch twice. What is due once an epoch stays the loop's:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchjd import aggregation
+from torchjd import aggregation, scalarization
 
 import mtlopt
 from far import FarTensor, send, traffic
@@ -49,6 +49,12 @@ def aggregated(aggregator: Callable[[], Any]) -> Make:
     )
 
 
+def scalarized(scalarizer: Callable[[], Any]) -> Make:
+    return lambda model, common, **options: mtlopt.Scalarized(
+        adam(model, **options), TASKS, scalarizer(), **common
+    )
+
+
 def wrapping(method: Any) -> Make:
     return lambda model, common, **options: method(adam(model, **options), TASKS, **common)
 
@@ -63,6 +69,8 @@ METHODS: dict[str, Make] = {
     "mgda": aggregated(aggregation.MGDA),
     "mean": aggregated(aggregation.Mean),
     "config": aggregated(aggregation.ConFIG),
+    "dwa": scalarized(scalarization.DWA),
+    "stch": scalarized(lambda: scalarization.STCH(0.1)),
 }
 TO_HOST = {"pcgrad": 1, "gradnorm": 1, "upgrad": 1, "mgda": 1}
 """Copies of a step; none of the other methods. ConFIG works on the matrix, on the device."""
@@ -139,9 +147,15 @@ def test_asking_for_finite_losses_copies_once_a_task(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["alternating", "independent"])
 def test_another_order_or_schedule_copies_nothing_either(method: str) -> None:
+    assert run(method, make={"per_step": 2}) == [(0, 0)] * 3
     assert run(method, make={"order": "shuffled"}) == [(0, 0)] * 3
     if method == "independent":
         assert run(method, make={"schedule": "simultaneous"}) == [(0, 0)] * 3
+
+
+@pytest.mark.parametrize("method", ["alternating", "independent"])
+def test_a_record_of_the_updates_copies_their_products_once(method: str) -> None:
+    assert run(method, make={"record": "updates"}) == [(1, KINDS)] * 3
 
 
 def test_tensors_of_the_host_and_of_the_device_do_not_mix() -> None:

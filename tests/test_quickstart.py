@@ -64,7 +64,7 @@ def test_the_tasks_conflict_at_the_start(
     ("method", "tags"),
     [
         ("joint", {"trunk_norms/sold"}),
-        ("independent", {"gradient_norms/sold"}),
+        ("independent", {"gradient_norms/sold", "update_shares/sold"}),
         ("pcgrad", {"conflict_fraction", "coefficients/sold"}),
         ("gradnorm", {"weights/sold", "norms/sold"}),
     ],

@@ -301,6 +301,12 @@ def test_a_compiled_network_trains_as_it_does_uncompiled(
         assert found[key] == pytest.approx(plain[key], rel=1e-3)
 
 
+def test_photographs_are_normalised_as_published_and_phantoms_as_their_size_wants() -> None:
+    assert parse([]).settings.norm == "running"
+    assert parse(["--data", "photographs"]).settings.norm == "batch"
+    assert parse(["--data", "photographs", "--norm", "group"]).settings.norm == "group"
+
+
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_every_norm_trains(repacked: Path, tmp_path: Path, norm: str) -> None:
     out = tmp_path / "run"
