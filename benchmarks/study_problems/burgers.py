@@ -1,0 +1,91 @@
+"""Burgers' equation by a physics-informed network (Raissi et al., 2019): three losses, one error.
+
+u_t + u u_x = (0.01 / pi) u_xx on x in [-1, 1], t in [0, 1], with u(0, x) = -sin(pi x) and u = 0 at
+the ends. The reference is Cole and Hopf's formula (Basdevant et al., 1986). Relative L2 error.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+NU = 0.01 / math.pi
+
+
+def solution(t: Tensor, x: Tensor) -> Tensor:
+    """Cole and Hopf's formula by Gauss and Hermite's quadrature, for t > 0."""
+    nodes, weights = map(torch.tensor, np.polynomial.hermite.hermgauss(100))
+    s = x.double()[:, None] - 2 * (NU * t.double()[:, None]).sqrt() * nodes
+    # The factor exp(-1/(2 pi nu)) keeps the exponential in range; it cancels.
+    kernel = weights * torch.exp(-(torch.cos(math.pi * s) + 1) / (2 * math.pi * NU))
+    return (-(torch.sin(math.pi * s) * kernel).sum(1) / kernel.sum(1)).float()
+
+
+@lru_cache
+def grids() -> dict[str, tuple[Tensor, Tensor]]:
+    """Points (n, 2) with the solution (n,): validation and test lie at different times."""
+    splits = {}
+    for name, times in (
+        ("validation", torch.arange(0.1, 1, 0.2)),
+        ("test", torch.arange(0.2, 1.01, 0.2)),
+    ):
+        t, x = (
+            part.flatten()
+            for part in torch.meshgrid(times, torch.linspace(-1, 1, 257), indexing="ij")
+        )
+        splits[name] = torch.stack([t, x], 1), solution(t, x)
+    return splits
+
+
+class Problem:
+    """Points are drawn afresh for each step."""
+
+    tasks = ("equation", "boundary", "initial")
+    lower_is_better = ("error",)
+    single = False
+    steps = 600
+
+    def __init__(self, seed: int) -> None:
+        self.draw = torch.Generator().manual_seed(seed)
+        layers: list[nn.Module] = [nn.Linear(2, 20)]
+        for _ in range(3):
+            layers += [nn.Tanh(), nn.Linear(20, 20)]
+        self.model = nn.Sequential(*layers, nn.Tanh(), nn.Linear(20, 1))
+        self.shared = list(self.model[-1].parameters())
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        while True:
+            inside, ends, start = (torch.rand(n, 2, generator=self.draw) for n in (400, 50, 50))
+            inside[:, 1] = 2 * inside[:, 1] - 1
+            ends[:, 1] = ends[:, 1].round() * 2 - 1
+            start = torch.stack([torch.zeros(50), 2 * start[:, 1] - 1], 1)
+            yield inside, ends, start
+
+    def losses(
+        self, tasks: Sequence[str], inside: Tensor, ends: Tensor, start: Tensor
+    ) -> dict[str, Tensor]:
+        losses = {}
+        if "equation" in tasks:
+            losses["equation"] = self.residual(inside).square().mean()
+        if "boundary" in tasks:
+            losses["boundary"] = self.model(ends).square().mean()
+        if "initial" in tasks:
+            target = -torch.sin(math.pi * start[:, 1:])
+            losses["initial"] = (self.model(start) - target).square().mean()
+        return losses
+
+    def residual(self, points: Tensor) -> Tensor:
+        points = points.requires_grad_()
+        u = self.model(points)[:, 0]
+        (du,) = torch.autograd.grad(u.sum(), points, create_graph=True)
+        (dux,) = torch.autograd.grad(du[:, 1].sum(), points, create_graph=True)
+        residual: Tensor = du[:, 0] + u * du[:, 1] - NU * dux[:, 1]
+        return residual
+
+    def metrics(self, split: str) -> dict[str, float]:
+        points, truth = grids()[split]
+        error = (self.model(points)[:, 0] - truth).norm() / truth.norm()
+        return {"error": error.item()}
