@@ -285,6 +285,7 @@ def test_one_rank_of_nccl_trains_as_no_ranks(method: str, features: bool, nccl: 
         optimizer = METHODS[method](own, {**common, **group})
         for step, (x, y) in enumerate(data(5)):
             losses = make_losses(own)
-            absent = {"b": None} if step == 1 else {}
+            # DWA remembers the losses of all tasks, and says so where one is absent.
+            absent = {"b": None} if step == 1 and method != "dwa" else {}
             optimizer.step(lambda tasks, x, y: losses(tasks, x, y) | absent, x, y)
     assert_close(model, twin, atol=1e-10)
