@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 from mtlopt._base import Common
 from mtlopt._collect import Forwards
 from mtlopt._combining import CombiningOptimizer
-from mtlopt._distributed import ALONE
 from mtlopt._gradients import Gradients, reach
 from mtlopt._losses import Task
 from mtlopt._rows import Rows
-from mtlopt._shards import is_sharded
 from mtlopt._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
 
 
@@ -113,8 +111,7 @@ class Aggregated(CombiningOptimizer):
             return rows.combine([])
         if len(present) < len(self.tasks):
             self._check_rows(present)
-        alone = self.process_group is None and not is_sharded(self._parameters)
-        drawing = drawing_from(None if alone else self.generator)
+        drawing = drawing_from(self._common_generator)
         # A caller's autocast is not for the aggregation.
         with drawing, torch.autocast(self._device.type, enabled=False):
             if self._weighting is None:
@@ -135,8 +132,7 @@ class Aggregated(CombiningOptimizer):
 
     def _by_matrix(self, rows: Rows) -> Gradients:
         gradients, tensors = list(rows.gradients.values()), rows.tensors
-        in_parts = rows.ranks not in (None, ALONE)
-        if in_parts or is_sharded(tensors):
+        if rows.in_parts:
             raise ValueError(
                 "`aggregator` must work from the Gramian where the ranks hold parts of the "
                 f"gradients (FSDP2, or `features` with a `process_group`), got "

@@ -1,6 +1,7 @@
 """Balance: GradNorm's loss weights and how they learn (Chen et al., 2018, Algorithm 1)."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -142,7 +143,8 @@ class Balance:
         new = Balance(self.tasks, self.alpha, self.lr, dict(zip(self.tasks, initial, strict=older)))
         for weight, saved in zip(new.weights.values(), state["weights"], strict=True):
             weight.copy_(saved)
-        new._adam.load_state_dict(state["weights_adam"])
+        # A copy, since torch keeps tensors that it need not cast.
+        new._adam.load_state_dict(deepcopy(state["weights_adam"]))
         if not older:
             new.first.copy_(state["initial_losses"])
             new.given.copy_(state["initial_losses_of_groups"])

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from mtlopt._base import Common
 from mtlopt._classes import repeat
 from mtlopt._collect import Collected, Forwards, collect
-from mtlopt._distributed import Ranks, broadcast_parameters, choose_ranks
+from mtlopt._distributed import ALONE, Ranks, broadcast_parameters, choose_ranks
 from mtlopt._features import Features, combine_through
 from mtlopt._gradients import Gradients, add
 from mtlopt._losses import LossesFunction, Question, ReadyLosses, Task, refuse_keywords, sum_tensors
@@ -133,6 +133,11 @@ class CombiningOptimizer(WrappedOptimizer):
     # What the methods share.
 
     @property
+    def _common_generator(self) -> torch.Generator | None:
+        """What ranks draw from, to draw alike; None for torch's own, as one process would."""
+        return None if self._ranks is ALONE else self.generator
+
+    @property
     def _ranks(self) -> Ranks:
         return choose_ranks(self._walk(), self.process_group, reduced=False)
 
@@ -206,7 +211,7 @@ class CombiningOptimizer(WrappedOptimizer):
         gradient = partial(self._fresh_gradient, self._question(losses), batches)
         values = gradient()
         if not self._compared:
-            self._compare()
+            self._compare_ranks()
         if values:
             self._update(values, gradient)
         self._finish(values)
@@ -262,7 +267,7 @@ class CombiningOptimizer(WrappedOptimizer):
                 "takes the backward pass itself makes the plain sum of every method.",
             )
 
-    def _compare(self) -> None:
+    def _compare_ranks(self) -> None:
         """Makes sure, at the first step, that the ranks' gradients are one."""
         self._compared = True
         remedy = "do not wrap the model in DistributedDataParallel, and give a `process_group`."

@@ -199,7 +199,7 @@ class GradNorm(CombiningOptimizer):
         """Over features: the rows are of weighted losses already, and the sum is plain."""
         # On the device, where rows are whole: they travel to the host with the losses.
         sizes = [norm(own) for own in rows.gradients.values() if rows.tensors]
-        if rows.ranks not in (None, ALONE):
+        if rows.in_parts:
             products = rows.gram()
             sizes = list(products.diagonal().sqrt()) if products.any() else []
         if sizes:  # Frozen features teach the weights nothing.

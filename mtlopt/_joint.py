@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from mtlopt._base import Common
 from mtlopt._collect import Forwards, ask, collect
 from mtlopt._combining import Batches
-from mtlopt._distributed import ALONE
 from mtlopt._losses import Question, Task, names_of, sum_tensors, weighted
 from mtlopt._one_pass import OnePassOptimizer
 
@@ -136,6 +135,6 @@ class JointOptimizer(OnePassOptimizer):
             self._note_reach(terms)
             # Eq. 1: the gradient of the weighted sum of the losses, over the tasks present.
             total = [weighted(term, weights[name]) for name, term in terms.items()]
-            self._pass(sum_tensors(total) if total else None, scale, ranks if means else ALONE)
+            self._pass(sum_tensors(total) if total else None, scale, ranks, bool(means))
             values |= {name: mean.value for name, mean in means.items()}
         return values

@@ -15,12 +15,20 @@ class OnePassOptimizer(CombiningOptimizer):
     """One backward pass of a weighted sum of the losses."""
 
     def _pass(
-        self, total: Tensor | None, scale: Callable[[Tensor], Tensor] | None, ranks: Ranks
+        self,
+        total: Tensor | None,
+        scale: Callable[[Tensor], Tensor] | None,
+        ranks: Ranks,
+        present: bool,
     ) -> None:
-        """Takes the one backward pass; ranks that sum gradients do so apart from earlier ones."""
+        """Takes the one backward pass; ranks that sum gradients do so apart from earlier ones.
+
+        `total` may be missing on a rank where a task is `present` on another.
+        """
         parameters = self._parameters
         losses = [] if total is None else [total if scale is None else scale(total)]
-        if ranks.at_the_end is ALONE:
+        if ranks.at_the_end is ALONE or not present:
+            # Straight into `.grad`, as the loop by hand: no second gradient is held meanwhile.
             for loss in losses:
                 backward(loss, parameters)
             return

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mtlopt._distributed import Ranks
+from mtlopt._distributed import ALONE, Ranks
 from mtlopt._gradients import Gradients, combine, gram
 from mtlopt._losses import Task
+from mtlopt._shards import is_sharded
 
 
 @dataclass
@@ -24,13 +25,18 @@ class Rows:
     """Whether a scaler waits for an overflow, which is not to raise."""
     apart: bool = True
     """Whether what one task alone reaches keeps its plain gradient, as parameters do."""
-    ranks: Ranks | None = None
-    """Those over whose samples a row goes on; None where each rank has whole rows."""
+    ranks: Ranks = ALONE
+    """Those over whose samples a row goes on."""
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether no rank has whole rows."""
+        return self.ranks is not ALONE or is_sharded(self.tensors)
 
     def gram(self) -> Tensor:
         """Returns the (T, T) inner products in float64, on the CPU."""
-        products = gram(list(self.gradients.values()), shared=self.apart)
-        return products if self.ranks is None else self.ranks.total(products)
+        # Samples that lie on several ranks add up: their features are one long vector.
+        return self.ranks.total(gram(list(self.gradients.values()), shared=self.apart))
 
     def combine(self, coefficients: Sequence[float]) -> Gradients:
         """Returns the sum of the rows, weighted."""

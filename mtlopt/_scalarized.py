@@ -13,11 +13,9 @@ from torch.optim import Optimizer
 from mtlopt._base import Common
 from mtlopt._collect import Forwards, ask
 from mtlopt._combining import Batches
-from mtlopt._distributed import ALONE
 from mtlopt._gradients import Gradients, scaled
 from mtlopt._losses import Loss, Question, Task, names_of, sum_tensors
 from mtlopt._one_pass import OnePassOptimizer
-from mtlopt._shards import is_sharded
 from mtlopt._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
 
 
@@ -168,7 +166,7 @@ class Scalarized(OnePassOptimizer):
             if name in terms
         ]
         scale = None if arrived else self._scale
-        self._pass(sum_tensors(total) if total else None, scale, ranks if means else ALONE)
+        self._pass(sum_tensors(total) if total else None, scale, ranks, bool(means))
         return values
 
     def _add_collected(
@@ -194,8 +192,7 @@ class Scalarized(OnePassOptimizer):
         if self._before is None and (arrived or self._scaling is not None):
             self._before = deepcopy([state_of(part) for part in stateful(self.scalarizer)])
         parameters = self._parameters
-        alone = self.process_group is None and not is_sharded(parameters)
-        drawing = drawing_from(None if alone else self.generator)
+        drawing = drawing_from(self._common_generator)
         # A caller's autocast is not for the rule.
         with drawing, torch.autocast(self._device.type, enabled=False):
             scalar = self.scalarizer(losses)

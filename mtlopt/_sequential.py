@@ -189,7 +189,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         self._watch.in_turn = True
         skipped = self._unscale(optimizer)
         if task not in self._compared:
-            self._compare(task)
+            self._compare_ranks(task)
         if all(p.grad is None for p in self._walk()):
             self._watch.unreached(task)
         wanted = self._wants_norms[0]
@@ -225,7 +225,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
             if "squares" in own:
                 self._updates.squares = own["squares"].clone().cpu()
 
-    def _compare(self, task: Task) -> None:
+    def _compare_ranks(self, task: Task) -> None:
         """Makes sure, once for each task, that the ranks' gradients are one."""
         parameters = self._parameters
         remedy = "wrap the model in DistributedDataParallel(model, find_unused_parameters=True)."
