@@ -119,6 +119,7 @@ class Aggregated(CombiningOptimizer):
             return self._by_gramian(rows, present)
 
     def _by_gramian(self, rows: Rows, present: list[int]) -> Gradients:
+        # One task alone keeps its gradient; many rules would scale it.
         weights = [1.0]
         if len(present) > 1:
             products = rows.gram()

@@ -124,6 +124,7 @@ class AlternatingOptimizer(WrappedOptimizer, SequentialOptimizer):
         """
         refuse_keywords(keywords)
         refuse_closure(closure)
+        # Before any check: a line that is left over has no losses, and is no error.
         if losses is None and self._is_repeated():
             return {}
         self._check_function(losses)

@@ -41,6 +41,7 @@ def refuse_hooks(optimizer: Optimizer) -> None:
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether the optimizer's `step` cannot do without a closure, as LBFGS's."""
+    # By the signature: to try would move the parameters.
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 

@@ -32,6 +32,7 @@ def ask(
         the averages of the present tasks, without a graph, with the samples of all ranks.
     """
     present = question(names, batch)
+    # An absent task goes to the ranks too: whether it is absent is theirs to say.
     means = ranks.agree({name: [present[name]] if name in present else [] for name in names})
     terms = {}
     for name, loss in present.items():
@@ -80,6 +81,7 @@ def collect(
     names = names_of(*tasks)
     # Tasks of a group are differentiated apart only where their counts can differ.
     whole = len(batches) == 1 and ranks.each_batch is ranks.at_the_end
+    # Otherwise each name has a gradient of its own until its samples are counted.
     parts = [names_of(task) for task in tasks] if whole else [(name,) for name in names]
     sums: dict[tuple[str, ...], Gradients] = {}
     seen: dict[str, list[Loss]] = {name: [] for name in names}
@@ -87,6 +89,7 @@ def collect(
     for batch in batches:
         for asked in parts if question.is_function and forwards == "per-task" else [names]:
             terms, means = ask(question, asked, batch, ranks.each_batch)
+            # Kept for their graphs' shape alone, whose buffers the backward pass frees.
             first_terms += list(terms.values()) if batch is batches[0] and not whole else []
             factors = _factors(means, seen, len(batches), weights or {})
             terms = {name: weighted(term, factors[name]) for name, term in terms.items()}
@@ -101,6 +104,7 @@ def collect(
     if whole:
         gradients = {task: sums[names_of(task)] for task in tasks if names_of(task) in sums}
         return Collected({name: mean.value for name, mean in averages.items()}, gradients)
+    # What remains of the counts, now that all of them are known.
     mends = {n: _mend(seen[n], averages[n].samples, len(batches)) for n in averages}
     if watch is not None and any(m != 1 for m in mends.values()) and len(batches) > 1:
         _warn_of_others(first_terms, parameters, watch)
@@ -109,6 +113,7 @@ def collect(
         present = [name for name in names_of(task) if name in averages]
         total: Gradients = [None] * len(parameters)
         for name in present:
+            # A rank may lack what another brought; it takes part in the sum all the same.
             own = sums.pop((name,), [None] * len(parameters))
             total = add(total, scaled(own, mends[name]))
         if present:
@@ -143,6 +148,7 @@ def _mend(seen: Sequence[Loss], total: int, batches: int) -> float:
 
 
 def _warn_of_others(terms: Sequence[Tensor], parameters: Sequence[Tensor], watch: Watch) -> None:
+    # By identity: tensors compare element by element.
     own = {id(parameter) for parameter in parameters}
     if any(id(leaf) not in own for leaf in leaves(terms) or ()):
         watch.once(

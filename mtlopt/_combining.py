@@ -50,6 +50,7 @@ class CombiningOptimizer(WrappedOptimizer):
                 "pass, got 'per-task'."
             )
         self._compared = False
+        # Nothing wraps the model, so nothing else makes the ranks begin alike.
         broadcast_parameters(self._parameters, self.process_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -111,6 +112,7 @@ class CombiningOptimizer(WrappedOptimizer):
             scaled=scaled,
             watch=self._watch,
         )
+        # The one gradient that travels: each rank's rows have gone through its own trunk.
         if values:
             put(parameters, ranks.at_the_end.sum(take(parameters), parameters))
         return values
@@ -207,12 +209,13 @@ class CombiningOptimizer(WrappedOptimizer):
                 "`losses` must be a function losses(tasks, *batch) for a class that evaluates it "
                 f"several times, {type(self.base).__name__}, got {type(losses).__name__}."
             )
+        # A closure class asks for the gradient again, at other weights.
         self._note_step()
         gradient = partial(self._fresh_gradient, self._question(losses), batches)
         values = gradient()
         if not self._compared:
             self._compare_ranks()
-        if values:
+        if values:  # Without them not even the momentum moves.
             self._update(values, gradient)
         self._finish(values)
         return values
@@ -246,6 +249,7 @@ class CombiningOptimizer(WrappedOptimizer):
         if closure is None and self._is_repeated():
             return None
         result: Any
+        # A closure makes the gradient while the optimizer steps: it can be judged afterwards only.
         if closure is None:
             self._check_made()
             result = self.base.step()

@@ -135,6 +135,7 @@ def conflicts(
     present = torch.tensor([k for k, task in enumerate(checked) if task in gradients]).long()
     # The user chose the parameters, so each counts, whoever reaches it.
     products = gram(list(gradients.values()), shared=False)
+    # NaN for an absent task, so that rows keep their places.
     norms = torch.full((len(checked),), float("nan"), dtype=torch.float64)
     angles = torch.full((len(checked), len(checked)), float("nan"), dtype=torch.float64)
     norms[present] = products.diagonal().sqrt()

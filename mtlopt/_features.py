@@ -122,7 +122,7 @@ def combine_through(
         losses: dict[Task, Tensor] = {}
         for task in tasks:
             own = [name for name in names_of(task) if name in means]
-            if own:
+            if own:  # Present on some rank: without a term here its row is zero here.
                 rows[task] = [None] * len(leaves)
             parts = [
                 weighted(terms[name], (weights or {}).get(name, 1.0) / len(batches))
@@ -175,6 +175,7 @@ def _cut(cuts: list[Cut], module: nn.Module, arguments: Any, output: Any) -> Any
     def replace(tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
             return tensor
+        # One leaf for a tensor that the output holds twice.
         leaf = tensor.detach().requires_grad_()
         return leaves.setdefault(id(tensor), (tensor, leaf))[1]
 

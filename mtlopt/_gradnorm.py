@@ -217,6 +217,7 @@ class GradNorm(CombiningOptimizer):
         parameters = self._parameters
         values, gradients = self._collect(question, batches, arrived)
         position = {id(parameter): i for i, parameter in enumerate(parameters)}
+        # The norms need these alone; the rest of each gradient goes into the sum at once.
         places = [position[id(parameter)] for parameter in self.shared]
         shared = {
             task: [p if p is None else p.clone() for p in map(g.__getitem__, places)]
@@ -260,6 +261,7 @@ class GradNorm(CombiningOptimizer):
                     f"The loss of task {task!r} must be positive for GradNorm, got "
                     f"{sum(losses.values())}: choose mtlopt.PCGrad(optimizer, tasks)."
                 )
+        # Only now, that nothing can raise: an error leaves what is pending as it was.
         for task, losses in own.items():
             pending = self._pending.setdefault(task, Pending())
             for name, loss in losses.items():

@@ -250,6 +250,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         )
         for task in self._turns():
             if task in gradients:
+                # Popped: a gradient that has been applied need not wait for the others.
                 put(parameters, gradients.pop(task))
                 self._update(self[task], task, values)
         return values

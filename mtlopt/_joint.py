@@ -111,6 +111,7 @@ class JointOptimizer(OnePassOptimizer):
         self, question: Question, batches: Batches, arrived: bool
     ) -> dict[str, Tensor]:
         names, ranks = names_of(*self.tasks), self._ranks
+        # Read at every step, as the user may set them between steps.
         weights = {name: self._weight(name) for name in names}
         scale = None if arrived else self._scale
         if len(batches) > 1:

@@ -79,6 +79,7 @@ def list_batches(
             "`losses` must be a function losses(tasks, *batch) where there is a batch to call it "
             f"on, got {type(losses).__name__}."
         )
+    # Materialised: a closure class asks for all of them again.
     if micro_batches is None:
         return [batch]
     if batch:
@@ -223,6 +224,7 @@ def _check_loss(name: str, loss: Any, check_finite: bool, graph: bool) -> Loss:
             "one: it depends on no parameter that requires a gradient, was detached (leave out "
             ".detach()), or was computed in `torch.no_grad()`."
         )
+    # Only on demand: to look at the number waits for the device.
     if check_finite and count and not torch.isfinite(value):
         raise ValueError(f"The loss of task {name!r} must be finite, got {value.item()}.")
     return Loss(value.reshape(()) if value.dim() else value, count)

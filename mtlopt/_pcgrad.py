@@ -43,6 +43,7 @@ def project_conflicts(
         own = [float(i == j) for j in range(len(gram))]
         for j in order:
             inner = sum(c * k for c, k in zip(own, gram[j], strict=True))
+            # A zero gradient conflicts with none, whatever rounding says.
             if inner < 0 < gram[j][j]:
                 own[j] -= inner / gram[j][j]
         total = [t + c for t, c in zip(total, own, strict=True)]
@@ -136,6 +137,7 @@ class PCGrad(CombiningOptimizer):
         coefficients = project_conflicts(products.tolist(), orders)
         if not products.isfinite().all():  # A scaler must see it, also in finite gradients.
             coefficients = [float("nan")] * len(present)
+        # The shared part alone: `combine` leaves what one task reaches as it is.
         if self.reduction == "mean":
             coefficients = [c / len(present) for c in coefficients]
         self._seen.update(_describe(products, coefficients, present, count))

@@ -40,6 +40,7 @@ class Rows:
 
     def combine(self, coefficients: Sequence[float]) -> Gradients:
         """Returns the sum of the rows, weighted."""
+        # All are absent: nothing moves, yet the method has drawn its orders.
         if not self.gradients:
             return [None] * len(self.tensors)
         return combine(list(self.gradients.values()), coefficients, apart=self.apart)

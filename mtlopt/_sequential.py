@@ -166,9 +166,11 @@ class SequentialOptimizer(MultiTaskOptimizer):
                 watch=self._watch,
             )
             if collected:
+                # As one backward pass would have left it.
                 put(parameters, collected[task])
             return values
         terms, means = ask(question, names_of(task), batches[0], ranks)
+        # A rank without labels has a term too, times 0: DDP waits for its pass.
         if terms:
             backward(self._scale(sum_tensors(list(terms.values()))), self._walk())
         return {name: mean.value for name, mean in means.items()}
@@ -192,6 +194,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
             self._compare_ranks(task)
         if all(p.grad is None for p in self._walk()):
             self._watch.unreached(task)
+        # Unscaled, and before the hooks, which may clip.
         wanted = self._wants_norms[0]
         self._seen[task] = (norm([p.grad for p in self._walk()]) if wanted else None, skipped)
         recording: AbstractContextManager[None] = nullcontext()

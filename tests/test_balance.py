@@ -10,7 +10,7 @@ from mtlopt._balance import Balance, Seen
 
 
 def make(**initial: float) -> Balance:
-    return Balance(("a", "b"), alpha=1.0, lr=0.025, initial_losses={**initial})
+    return Balance(("a", "b"), alpha=1.0, lr=0.025, initial_losses=dict[Any, float](initial))
 
 
 def weights(balance: Balance) -> list[float]:
