@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from torchjd import aggregation
 
 import mtlopt
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+from problems import SHARDS, TASKS, Network, assert_equal, batches, make_losses, snapshot
 from spawned import start
 
 STEPS = 5
@@ -518,6 +519,10 @@ def work(rank: int, folder: str) -> None:
     optimizer.step(rank_losses(model, x, y, own))
     dist.all_reduce = reduce
     found["sent"] = sum(sent)
+    if SHARDS:
+        fully_shard(model)
+        with pytest.raises(ValueError, match=r"`features` must be None .* sharded \(FSDP2\)"):
+            make("pcgrad", model).step(rank_losses(model, x, y, own))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
