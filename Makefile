@@ -47,8 +47,8 @@ matrix: floor
 	done
 
 floor: $(VENV)-floor/.installed
-	$(VENV)-floor/bin/python -m pytest -n auto --ignore tests/refuge --ignore tests/test_benchmarks.py --ignore tests/test_study.py \
-		--ignore tests/test_integrations.py
+	$(VENV)-floor/bin/python -m pytest -n auto --ignore tests/refuge --ignore tests/test_benchmarks.py \
+		--ignore tests/test_integrations.py --ignore tests/test_study.py
 
 $(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

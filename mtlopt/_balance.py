@@ -94,8 +94,9 @@ class Balance:
     def update(self, seen: Mapping[Task, Seen]) -> None:
         """Takes one step of the weights of the tasks seen; none where a number is not finite."""
         present = [task for task in self.tasks if task in seen]
-        norms = torch.tensor([seen[task].norm for task in present])  # G_i = w_i ‖∇_W L_i‖
-        losses = torch.tensor([sum(seen[task].losses.values()) for task in present])
+        # Not torch.tensor, which an old torch cannot compile of numbers that came from tensors.
+        norms = torch.stack([torch.full((), seen[task].norm) for task in present])  # w_i ‖∇_W L_i‖
+        losses = torch.stack([torch.full((), sum(seen[t].losses.values())) for t in present])
         # Once a NaN were in the weights, every later step would be skipped as an overflow.
         self.skipped = not bool(norms.isfinite().all() and losses.isfinite().all())
         if self.skipped:
