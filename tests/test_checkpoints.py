@@ -131,6 +131,12 @@ def test_a_run_on_two_ranks_goes_on_with_one_and_with_four(tmp_path: Path) -> No
         for method in METHODS:
             weights, rates = results[method]
             for name, weight in expected[method][0].items():
-                torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-10)
+                torch.testing.assert_close(
+                    weights[name],
+                    weight,
+                    rtol=0,
+                    atol=1e-10,
+                    msg=lambda m: f"{ranks}, {method}, {name}: {m}",
+                )
             assert rates == expected[method][1]
     assert expected["independent"][1][1] == 0.03

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,18 @@ from settings import METHODS
 SAVEFIG = Figure.savefig
 
 
-@pytest.fixture(scope="session", autouse=True)
-def undrawn() -> Iterator[None]:
+@contextmanager
+def unrendered() -> Iterator[None]:
     """Makes figures without rendering them, which takes longer than a tiny run's training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda _, opened, **__: opened.write(b"figure"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def undrawn() -> Iterator[None]:
+    """In these tests alone: a worker may take one of another folder between two of them."""
+    with unrendered():
         yield
 
 
@@ -40,7 +48,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for method in (*METHODS, "torchjd:MGDA"):
         runs[method] = home / method.replace(":", "-")
         arguments = ["--data", home / "data", *TINY, "--method", method, "--epochs", 2]
-        assert train.main([*map(str, arguments), "--out", str(runs[method])]) == 0
+        with unrendered():
+            assert train.main([*map(str, arguments), "--out", str(runs[method])]) == 0
     return runs
 
 
