@@ -78,7 +78,7 @@ class Panel(MultiTaskOptimizer, Mapping[Task, Optimizer]):
     ) -> tuple[Any, Any] | None:
         self._followers[task].follow(self.param_groups)
         if not self._watch.in_turn and has_compiled():  # The user's own backward pass.
-            drop_zeros(p for group in self.param_groups for p in group["params"])
+            drop_zeros(self._walk(), but_not_all=True)
         result = None
         for hook in self._optimizer_step_pre_hooks.values():
             changed = hook(optimizer, args, kwargs)

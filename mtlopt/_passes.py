@@ -58,11 +58,18 @@ def backward(
         drop_zeros(without)
 
 
-def drop_zeros(parameters: Iterable[Tensor]) -> None:
-    """Drops the zeros that a compiled graph gives for outputs that a loss does not depend on."""
+def drop_zeros(parameters: Iterable[Tensor], but_not_all: bool = False) -> None:
+    """Drops the zeros that a compiled graph gives for outputs that a loss does not depend on.
+
+    `but_not_all` keeps them where there is nothing else: torch's own functions step on zeros, to
+    make the states that a checkpoint is loaded into.
+    """
     given = [parameter for parameter in parameters if parameter.grad is not None]
-    sizes = [norm([parameter.grad]) for parameter in given]
-    for parameter, size in zip(given, torch.stack(sizes).tolist() if sizes else (), strict=True):
+    norms = [norm([parameter.grad]) for parameter in given]
+    sizes = torch.stack(norms).tolist() if norms else []
+    if but_not_all and not any(sizes):
+        return
+    for parameter, size in zip(given, sizes, strict=True):
         if size == 0:
             parameter.grad = None
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import mtlopt
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
@@ -141,3 +142,12 @@ def test_a_compiled_loop_is_the_loop(method: str) -> None:
         step(x, y)
     for name, weight in snapshot(model).items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=ROUNDING)
+
+
+def test_zeros_that_torch_steps_on_make_states_in_a_compiled_process_too() -> None:
+    """Into those a distributed checkpoint is loaded; without them it would load nothing."""
+    torch.compile(nn.Linear(2, 2), backend="aot_eager")(torch.ones(1, 2)).sum().backward()
+    model = Network()
+    optimizer = mtlopt.IndependentOptimizer(torch.optim.Adam, model.parameters(), TASKS, lr=0.01)
+    get_optimizer_state_dict(model, optimizer["a"])
+    assert optimizer["a"].state.keys() == set(model.parameters())
