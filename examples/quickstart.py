@@ -171,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if plots:
         plots.close()
     if parallel:
+        dist.barrier()  # None leaves while another still talks to it.
         dist.destroy_process_group()
 
 
