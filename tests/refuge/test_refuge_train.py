@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch._functorch import config as functorch_config
 
 import mtlopt
 import preparation
@@ -290,14 +291,14 @@ def test_a_compiled_network_trains_as_it_does_uncompiled(
     The code is traced and differentiated as for any backend; that of Inductor takes a minute.
     """
     compiled = nn.Module.compile
-    # The program sets it for its own process, which here is everybody's.
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", True)
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="aot_eager"))
     one, other = tmp_path / "plain", tmp_path / "compiled"
     arguments = [*("--data", repacked, "--method", "gradnorm", "--epochs", 1, "--dropout", 0)]
     arguments += [*TINY, "--norm", "group"]
     assert run_here(*arguments, "--out", one) == 0
-    assert run_here(*arguments, "--compile", "--out", other) == 0
+    # The program sets it for its own process, which here is everybody's.
+    with functorch_config.patch(donated_buffer=True):
+        assert run_here(*arguments, "--compile", "--out", other) == 0
     plain, found = read(one / "metrics.json"), read(other / "metrics.json")
     for key in ("fovea_error", "glaucoma_brier"):
         assert found[key] == pytest.approx(plain[key], rel=1e-3)
