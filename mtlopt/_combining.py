@@ -1,6 +1,6 @@
 """CombiningOptimizer: the methods that make one step of all tasks' gradients."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -148,10 +148,11 @@ class CombiningOptimizer(WrappedOptimizer):
         question: Question,
         batches: Batches,
         arrived: bool,
+        tasks: Sequence[Task] | None = None,
     ) -> Collected:
         return collect(
             question,
-            self.tasks,
+            self.tasks if tasks is None else tasks,
             batches,
             self._parameters,
             self._ranks,

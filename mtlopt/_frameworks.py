@@ -56,6 +56,6 @@ def reduce_in_ddp(module: nn.Module, device_ids: Any) -> nn.Module:
     )
 
 
-def stack(values: Sequence[Tensor], device: torch.device) -> Tensor:
+def sum_losses(values: Sequence[Tensor], device: torch.device) -> Tensor:
     """Returns the sum of some losses, or zero."""
     return torch.stack(list(values)).sum() if values else torch.zeros((), device=device)

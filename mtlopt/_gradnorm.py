@@ -15,7 +15,7 @@ from mtlopt._collect import Forwards, ask
 from mtlopt._combining import Batches, CombiningOptimizer
 from mtlopt._distributed import ALONE
 from mtlopt._gradients import Gradients, norm, numbers_of
-from mtlopt._losses import Question, Task, check_parameters, names_of, sum_tensors
+from mtlopt._losses import Question, Task, check_parameters, names_of, sum_by_task, sum_tensors
 from mtlopt._passes import backward, partial
 from mtlopt._rows import Rows
 from mtlopt._shards import local
@@ -175,9 +175,8 @@ class GradNorm(CombiningOptimizer):
         scale: Callable[[Tensor], Tensor] = (lambda loss: loss) if arrived else self._scale
         values = {name: mean.value for name, mean in means.items()}
         weights = self._balance.weights
-        weighted = {
-            task: weights[task] * sum_tensors(own) for task, own in self._by_task(terms).items()
-        }
+        totals = sum_by_task(self.tasks, terms)
+        weighted = {task: weights[task] * total for task, total in totals.items()}
         # Copies, since results of autograd may share their memory.
         gradients = {
             task: [g if g is None else g.clone() for g in partial(scale(total), self.shared)]
@@ -227,11 +226,6 @@ class GradNorm(CombiningOptimizer):
         for task in list(gradients):
             self._add(gradients.pop(task))
         return values
-
-    def _by_task(self, values: Mapping[str, Tensor]) -> dict[Task, list[Tensor]]:
-        """The losses of each present task, a group's of its names."""
-        own = {task: [values[n] for n in names_of(task) if n in values] for task in self.tasks}
-        return {task: losses for task, losses in own.items() if losses}
 
     def _remember(
         self, gradients: Mapping[Task, Gradients], values: Mapping[str, Tensor], arrived: bool

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._base import Common
-from mtlopt._collect import Forwards, ask, collect
+from mtlopt._collect import Forwards, ask
 from mtlopt._combining import Batches
 from mtlopt._losses import Question, Task, names_of, sum_tensors, weighted
 from mtlopt._one_pass import OnePassOptimizer
@@ -101,6 +101,10 @@ class JointOptimizer(OnePassOptimizer):
             )
         return weight  # type: ignore[return-value]  # a number, or a tensor that acts as one
 
+    def _weights(self) -> dict[str, float]:
+        # Read at every step, as the user may set them between steps.
+        return {name: self._weight(name) for name in names_of(*self.tasks)}
+
     def _is_sum(self) -> bool:
         return all(isinstance(w, Real) and w == 1 for w in self.weights.values())
 
@@ -111,24 +115,13 @@ class JointOptimizer(OnePassOptimizer):
         self, question: Question, batches: Batches, arrived: bool
     ) -> dict[str, Tensor]:
         names, ranks = names_of(*self.tasks), self._ranks
-        # Read at every step, as the user may set them between steps.
-        weights = {name: self._weight(name) for name in names}
-        scale = None if arrived else self._scale
-        if len(batches) > 1:
-            values, gradients = collect(
-                question,
-                [names],
-                batches,
-                self._parameters,
-                ranks,
-                scale=scale,
-                forwards=self.forwards,
-                weights=weights,
-                watch=self._watch,
-            )
+        if len(batches) > 1:  # All tasks are one group then, each averaged by its own counts.
+            values, gradients = self._collect(question, batches, arrived, [names])
             for gradient in gradients.values():
                 self._add(gradient)
             return values
+        weights = self._weights()
+        scale = None if arrived else self._scale
         apart = self.forwards == "per-task" and question.is_function
         values = {}
         for asked in [(name,) for name in names] if apart else [names]:

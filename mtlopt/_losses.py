@@ -157,6 +157,12 @@ def average(losses: Sequence[Loss]) -> Loss:
     return Loss(sum_tensors(terms), total)
 
 
+def sum_by_task(tasks: Iterable[Task], values: Mapping[str, Tensor]) -> dict[Task, Tensor]:
+    """Returns the losses of the present tasks, a group's the sum of those of its names."""
+    own = {task: [values[name] for name in names_of(task) if name in values] for task in tasks}
+    return {task: sum_tensors(losses) for task, losses in own.items() if losses}
+
+
 def sum_tensors(terms: Sequence[Tensor]) -> Tensor:
     """Adds tensors from left to right, as ``a + b + c`` does."""
     return sum(terms[1:], terms[0])

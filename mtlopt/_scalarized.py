@@ -14,7 +14,7 @@ from mtlopt._base import Common
 from mtlopt._collect import Forwards, ask
 from mtlopt._combining import Batches
 from mtlopt._gradients import Gradients, scaled
-from mtlopt._losses import Loss, Question, Task, names_of, sum_tensors
+from mtlopt._losses import Loss, Question, Task, names_of, sum_by_task, sum_tensors
 from mtlopt._one_pass import OnePassOptimizer
 from mtlopt._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
 
@@ -182,7 +182,7 @@ class Scalarized(OnePassOptimizer):
 
     def _apply_rule(self, values: Mapping[str, Tensor], arrived: bool) -> dict[Task, Tensor]:
         """Calls the scalarizer, once; adds its parameters' gradients and returns its slopes."""
-        present = self._objectives(values)
+        present = sum_by_task(self.tasks, values)
         if not present:
             return {}
         self._check_present(present)
@@ -208,11 +208,6 @@ class Scalarized(OnePassOptimizer):
         nan = torch.full_like(slopes[0], float("nan"))
         self._seen["coefficients"] = torch.stack([by_task.get(task, nan) for task in self.tasks])
         return by_task
-
-    def _objectives(self, values: Mapping[str, Tensor]) -> dict[Task, Tensor]:
-        """The losses of the present tasks, a group's the sum of its names'."""
-        own = {task: [values[n] for n in names_of(task) if n in values] for task in self.tasks}
-        return {task: sum_tensors(losses) for task, losses in own.items() if losses}
 
     def _check_present(self, present: Mapping[Task, Tensor]) -> None:
         absent = [task for task in self.tasks if task not in present]
@@ -241,7 +236,7 @@ class Scalarized(OnePassOptimizer):
                 for name, mean in ask(question, asked, batch, ranks.each_batch)[1].items():
                     seen[name].append(mean)
         means = ranks.at_the_end.agree(seen)
-        values = self._objectives({name: mean.value for name, mean in means.items()})
+        values = sum_by_task(self.tasks, {name: mean.value for name, mean in means.items()})
         with torch.autocast(self._device.type, enabled=False):
             self.scalarizer.update(_stack(values, self._device))  # type: ignore[operator]  # FAMO's
 

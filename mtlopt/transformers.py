@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from mtlopt._base import MultiTaskOptimizer
-from mtlopt._frameworks import check_optimizer, reduce_in_the_optimizer, stack, steps_per_task
+from mtlopt._frameworks import check_optimizer, reduce_in_the_optimizer, steps_per_task, sum_losses
 from mtlopt._losses import names_of
 
 try:
@@ -150,7 +150,7 @@ class MultiTaskTrainer(Trainer):
         # the `step()` that follows, as over one in the middle of an accumulation.
         self._own.zero_grad()
         self.accelerator.sync_gradients = False
-        return stack(list(values.values()), self.args.device)
+        return sum_losses(list(values.values()), self.args.device)
 
     def compute_loss(
         self,
@@ -176,7 +176,7 @@ class MultiTaskTrainer(Trainer):
         values = [
             loss[0] if isinstance(loss, tuple) else loss for loss in found if loss is not None
         ]
-        total = stack(values, self.args.device)
+        total = sum_losses(values, self.args.device)
         return (total, {"loss": total}) if return_outputs else total
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
