@@ -84,6 +84,14 @@ def nash(count: int) -> nn.Module:
     return A.NashMTL(count, update_weights_every=10)
 
 
+AGGREGATORS: Mapping[str, Callable[[int], nn.Module]] = {
+    "UPGrad": lambda count: A.UPGrad(),
+    "CAGrad": lambda count: A.CAGrad(c=0.5),
+    "IMTL-G": lambda count: A.IMTLG(),
+    "ConFIG": lambda count: A.ConFIG(),
+    "Nash-MTL": nash,
+    "MGDA": lambda count: A.MGDA(),
+}
 METHODS: Mapping[str, Method] = {
     SUM: Method(lambda p, tasks, lr: mtlopt.JointOptimizer(adam(p, lr), tasks)),
     "uncertainty (UW)": Method(scalarized(S.UW), "Scalarized"),
@@ -100,15 +108,16 @@ METHODS: Mapping[str, Method] = {
         independent(per_step=4), "IndependentOptimizer.per_step", tasks=5
     ),
     "PCGrad": Method(lambda p, tasks, lr: mtlopt.PCGrad(adam(p, lr), tasks)),
-    "UPGrad": Method(aggregated(lambda count: A.UPGrad())),
-    "CAGrad": Method(aggregated(lambda count: A.CAGrad(c=0.5))),
-    "IMTL-G": Method(aggregated(lambda count: A.IMTLG())),
-    "ConFIG": Method(aggregated(lambda count: A.ConFIG())),
-    "Nash-MTL": Method(aggregated(nash)),
-    "MGDA": Method(aggregated(lambda count: A.MGDA())),
-    "MGDA, features": Method(
-        aggregated(lambda count: A.MGDA(), features=True), "Aggregated.features"
+    "PCGrad, features": Method(
+        lambda p, tasks, lr: mtlopt.PCGrad(adam(p, lr), tasks, features=needed(p.features)),
+        "PCGrad.features",
     ),
+    **{name: Method(aggregated(make)) for name, make in AGGREGATORS.items()},
+    **{
+        f"{name}, features": Method(aggregated(make, features=True), "Aggregated.features")
+        for name, make in AGGREGATORS.items()
+        if name != "ConFIG"  # does not work from the Gramian
+    },
 }
 
 

@@ -38,8 +38,8 @@ class Scalarized(OnePassOptimizer):
     ``torch.distributed.checkpoint``, which knows parameters by their names in the model, let the
     scalarizer be a submodule of it. A rule that wants the
     losses after the step (FAMO, by its method ``update``) keeps its parameters to itself, and gets
-    those losses: ``losses`` is called once more, without gradients and in whatever mode the model
-    is in, so that batch norm sees the batch twice. What is due once an epoch stays the loop's:
+    those losses: ``losses`` is called once more, without gradients unless it differentiates by its
+    inputs, and in whatever mode the model is in, so that batch norm sees the batch twice. What is due once an epoch stays the loop's:
     ``optimizer.scalarizer.step()`` for DWA.
 
     Args:
@@ -100,6 +100,7 @@ class Scalarized(OnePassOptimizer):
             )
         self.scalarizer = scalarizer.to(self._device)
         self._learns_afterwards = callable(getattr(scalarizer, "update", None))
+        self._needs_graph = False
         self._adopt_parameters()
         # Draws for scalarizers that are random, alike on every rank.
         self.generator = torch.Generator().manual_seed(0)
@@ -226,9 +227,22 @@ class Scalarized(OnePassOptimizer):
         elif afterwards is not None:
             afterwards()
 
-    @torch.no_grad()
     def _learn(self, question: Question, batches: Batches) -> None:
         """Shows the rule the losses, averaged as before, at the weights after the step."""
+        try:
+            with torch.set_grad_enabled(self._needs_graph):
+                values = self._ask_again(question, batches)
+        except RuntimeError:
+            if self._needs_graph:
+                raise
+            # A loss that differentiates by its inputs (a residual of an equation) wants a graph.
+            self._needs_graph = True
+            with torch.enable_grad():
+                values = self._ask_again(question, batches)
+        with torch.autocast(self._device.type, enabled=False):
+            self.scalarizer.update(_stack(values, self._device))  # type: ignore[operator]  # FAMO's
+
+    def _ask_again(self, question: Question, batches: Batches) -> dict[Task, Tensor]:
         names, ranks = names_of(*self.tasks), self._ranks
         seen: dict[str, list[Loss]] = {name: [] for name in names}
         for batch in batches:
@@ -236,9 +250,7 @@ class Scalarized(OnePassOptimizer):
                 for name, mean in ask(question, asked, batch, ranks.each_batch)[1].items():
                     seen[name].append(mean)
         means = ranks.at_the_end.agree(seen)
-        values = sum_by_task(self.tasks, {name: mean.value for name, mean in means.items()})
-        with torch.autocast(self._device.type, enabled=False):
-            self.scalarizer.update(_stack(values, self._device))  # type: ignore[operator]  # FAMO's
+        return sum_by_task(self.tasks, {name: mean.value for name, mean in means.items()})
 
     def _is_sum(self) -> bool:
         from torchjd.scalarization import Sum

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -434,6 +435,31 @@ def test_a_scaler_changes_nothing_but_the_steps_that_overflow(name: str, imperat
     assert amp.get_scale() == 1024.0 / 2**5
     expected = weights_of(reference, plain)
     torch.testing.assert_close(weights_of(optimizer, model), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_losses_that_differentiate_by_their_inputs_are_seen_after_the_step() -> None:
+    """A physics-informed network's residual needs a graph where the losses are asked once more."""
+    model = torch.nn.Linear(1, 1).double()
+    rule = FAMO(2).double()
+    optimizer = mtlopt.Scalarized(SGD(model.parameters(), lr=0.1), ["slope", "value"], rule)
+    x = torch.tensor([[0.5], [2.0]], dtype=torch.float64)
+
+    def losses(tasks: Sequence[str]) -> dict[str, Tensor]:
+        inputs = x.clone().requires_grad_()
+        u = model(inputs)
+        (slope,) = torch.autograd.grad(u.sum(), inputs, create_graph=True)
+        both = {"slope": (slope - 3).square().mean(), "value": u.square().mean() + 0.1}
+        return {task: both[task] for task in tasks}
+
+    for _ in range(2):
+        seen = []
+        with mock.patch.object(rule, "update", side_effect=seen.append):
+            optimizer.step(losses)
+        weight, bias = model.weight.item(), model.bias.item()
+        mean = sum((weight * each + bias) ** 2 for each in (0.5, 2.0)) / 2
+        expected = torch.tensor([(weight - 3) ** 2, mean + 0.1], dtype=torch.float64)
+        torch.testing.assert_close(seen, [expected])
+        assert not seen[0].requires_grad
 
 
 def test_half_precision_losses_meet_the_rule_in_single() -> None:

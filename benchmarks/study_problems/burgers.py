@@ -46,7 +46,7 @@ class Problem:
     tasks = ("equation", "boundary", "initial")
     lower_is_better = ("error",)
     single = False
-    steps = 600
+    steps = 1200
 
     def __init__(self, seed: int) -> None:
         self.draw = torch.Generator().manual_seed(seed)

@@ -48,11 +48,10 @@ def load() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 class Problem:
-    """A sixth of an epoch."""
+    """Half an epoch."""
 
     tasks = ("left", "right")
-    steps = 100
-    evaluations = 4
+    steps = 300
     scales = (1.0, 1.0)
 
     def __init__(self, seed: int) -> None:
