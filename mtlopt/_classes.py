@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -75,3 +76,14 @@ def repeat(
         return objective(present)
 
     return closure
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that does not keep its optimizer, and the states of all tasks with it, alive."""
+    kept = WeakMethod(method)
+
+    def hook(*arguments: Any) -> Any:
+        method = kept()
+        return None if method is None else method(*arguments)
+
+    return hook

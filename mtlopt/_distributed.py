@@ -11,6 +11,11 @@ from mtlopt._gradients import Gradients, norm
 from mtlopt._losses import Loss, average
 from mtlopt._shards import is_sharded
 
+if dist.is_available():
+    # Imported behind init_process_group, as torch does for the first optimizer, its functions keep
+    # the group as an argument's default: its threads outlive it and may abort a process that ends.
+    import torch.distributed.nn.functional
+
 BUCKET_BYTES = 25 * 2**20  # The size of a bucket in DistributedDataParallel.
 
 

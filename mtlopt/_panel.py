@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from mtlopt._base import MultiTaskOptimizer
 from mtlopt._build import copied_group, copied_state
+from mtlopt._classes import weakly
 from mtlopt._follower import Follower, copied
 from mtlopt._losses import Task
 from mtlopt._passes import drop_zeros, has_compiled
@@ -70,8 +71,8 @@ class Panel(MultiTaskOptimizer, Mapping[Task, Optimizer]):
     def _hook(self) -> None:
         """Hooks the tasks' optimizers, so that in every form they follow the panel."""
         for task, optimizer in self._optimizers.items():
-            optimizer.register_step_pre_hook(partial(self._before_update, task))
-            optimizer.register_step_post_hook(partial(self._after_update, task))
+            optimizer.register_step_pre_hook(partial(weakly(self._before_update), task))
+            optimizer.register_step_post_hook(partial(weakly(self._after_update), task))
 
     def _before_update(
         self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtlopt._base import MultiTaskOptimizer
-from mtlopt._classes import refuse_hooks
+from mtlopt._classes import refuse_hooks, weakly
 
 Self = TypeVar("Self", bound="WrappedOptimizer")
 
@@ -48,8 +48,11 @@ class WrappedOptimizer(MultiTaskOptimizer):
         self._hook()
 
     def _hook(self) -> None:
+        self.base.register_step_post_hook(weakly(self._after_update))
+
+    def _after_update(self, *_: Any) -> None:
         # A scheduler on the wrapper asks whether a step came first, also one of the base's.
-        self.base.register_step_post_hook(lambda *_: setattr(self, "_opt_called", True))
+        self._opt_called = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
