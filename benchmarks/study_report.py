@@ -206,10 +206,9 @@ def table(results: Results) -> str:
         else:
             row += [f"{np.median(per_metric):.3f}", f"{min(per_metric):.3f}"]
         rows.append(row)
-    rows += [
-        [method, reason.replace("|", "/"), *[""] * (len(columns) - 2)]
-        for method, reason in results.failed.items()
-    ]
+    for reason in dict.fromkeys(results.failed.values()):
+        without = "; ".join(method for method, why in results.failed.items() if why == reason)
+        rows.append([without, reason.replace("|", "/"), *[""] * (len(columns) - 2)])
     return write_table(columns, rows)
 
 

@@ -1,30 +1,35 @@
 """The two-task toy of CAGrad (Liu et al., 2021), as Nash-MTL and FAMO use it too.
 
-    python benchmarks/study_toy.py    # a minute; writes toy.md and toy.png
+    python benchmarks/study_toy.py    # half an hour; writes toy.npz, toy.md and toy.png
 
-From five starts, with Adam and the first loss times 0.1, 1 and 100. Which point of the front a
-method ends at should not depend on the unit of a loss. The rate is five times the papers' 1e-3, and
-the paths as long as theirs.
+From five starts, with Adam at 1e-3 and the first loss times 0.1, 1 and 100. Which point of the
+front a method ends at should not depend on the unit of a loss.
 """
 
 import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torchjd.aggregation
+import torchjd.scalarization as S
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 import mtlopt
 from measured import write_table
+from study_methods import AGGREGATORS
 
 RESULTS = Path(__file__).parent / "results" / "study"
 TASKS = ("first", "second")
 STARTS = torch.tensor([(-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0)])
 SCALES = (0.1, 1.0, 100.0)
-STEPS, RATE = 6_000, 5e-3
+STEPS, RATE = 30_000, 1e-3
 
 
 def values(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,9 +56,14 @@ ELEMENTWISE: dict[str, Make] = {
     "independent": lambda w, lr: mtlopt.IndependentOptimizer(torch.optim.Adam, [w], TASKS, lr=lr),
 }
 COMBINING: dict[str, Make] = {
+    "uncertainty (UW)": lambda w, lr: around_adam(mtlopt.Scalarized, S.UW(2))(w, lr),
+    "FAMO": lambda w, lr: around_adam(mtlopt.Scalarized, S.FAMO(2))(w, lr),
+    "GradNorm": lambda w, lr: mtlopt.GradNorm(torch.optim.Adam([w], lr=lr), TASKS, shared=[w]),
     "PCGrad": around_adam(mtlopt.PCGrad),
-    "IMTL-G": around_adam(mtlopt.Aggregated, torchjd.aggregation.IMTLG()),
-    "MGDA": around_adam(mtlopt.Aggregated, torchjd.aggregation.MGDA()),
+    **{
+        name: lambda w, lr, make=make: around_adam(mtlopt.Aggregated, make(2))(w, lr)
+        for name, make in AGGREGATORS.items()
+    },
 }
 
 
@@ -90,10 +100,32 @@ def paths(method: str, steps: int = STEPS, lr: float = RATE, every: int = 50) ->
         points = list(descend(ELEMENTWISE[method], starts, scales, steps, lr))
         return torch.stack(points[::every], 2)
     each = [
-        torch.stack(list(descend(COMBINING[method], start, scale, steps, lr))[::every])
+        walk(method, start, scale, steps, lr, every)
         for start, scale in zip(starts.flatten(0, 1), scales.flatten(), strict=True)
     ]
     return torch.stack(each).view(*shape, -1, 2)
+
+
+def walk(method: str, start: Tensor, scale: Tensor, steps: int, lr: float, every: int) -> Tensor:
+    """Returns every so many points of one path, (points, 2); one that comes to rest stays there.
+
+    Where a rule has no answer (a gradient of zero, a loss that is negative) the path ends: what
+    follows is NaN.
+    """
+    torch.set_num_threads(1)
+    points = torch.full((1 + steps // every, 2), float("nan"))
+    try:
+        for step, point in enumerate(descend(COMBINING[method], start, scale, steps, lr)):
+            at, between = divmod(step, every)
+            if between == 0:
+                points[at] = point
+                back = at - max(1, 1000 // every)
+                if back >= 0 and (point - points[back : at + 1]).abs().max() < 2 * lr:
+                    points[at:] = point
+                    break
+    except (ValueError, FloatingPointError, RuntimeError) as error:
+        print(f"{method} from {start.tolist()}, times {scale.item():g}: {error}")
+    return points
 
 
 def from_front(points: Tensor) -> Tensor:
@@ -103,36 +135,50 @@ def from_front(points: Tensor) -> Tensor:
 
 
 def draw(found: dict[str, Tensor], path: Path) -> None:
-    """Draws the paths over the contours of the sum, a panel for each scale."""
-    figure = Figure(figsize=(10.5, 4), layout="constrained", facecolor="white")
-    panels = figure.subplots(1, len(SCALES), sharey=True)
-    x, y = torch.linspace(-10, 10, 101), torch.linspace(-10, 10, 101)
-    first, second = values(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1))
-    for k, (axes, scale) in enumerate(zip(panels, SCALES, strict=True)):
-        axes.contour(x, y, scale * first + second, 12, colors="0.85", linewidths=0.7)
+    """Draws the paths over the contours of the sum, a panel for each method, a colour a scale."""
+    columns = 5
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(11, 0.6 + 2.4 * rows), layout="constrained", facecolor="white")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    line = torch.linspace(-10, 10, 101)
+    total = sum(values(torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)))
+    for axes in panels[len(found) :]:
+        axes.axis("off")
+    for axes, (method, points) in zip(panels, found.items(), strict=False):
+        axes.contour(line, line, total, 12, colors="0.88", linewidths=0.6)
         axes.plot([-7, 7], [-8, -8], color="tab:green", linewidth=6, alpha=0.35, label="front")
-        for number, (method, points) in enumerate(found.items()):
-            for path_ in points[k]:
-                axes.plot(*path_.T, color=f"C{number}", linewidth=1.2, label=method)
-                axes.plot(*path_[-1], "o", color=f"C{number}", markersize=5)
-                method = "_"  # one line of the legend  # noqa: PLW2901
-        axes.plot(*STARTS.T, "kx", markersize=5)
-        axes.set(title=f"first loss × {scale:g}", xlabel="$w_1$", aspect="equal")
-    panels[0].set_ylabel("$w_2$")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+        for k, scale in enumerate(SCALES):
+            for number, walked in enumerate(points[k]):
+                label = f"first loss × {scale:g}" if number == 0 else "_"
+                axes.plot(*walked.T, color=f"C{k}", linewidth=1.2, label=label)
+                axes.plot(*walked[-1], "o", color=f"C{k}", markersize=8 - 2 * k)
+        axes.plot(*STARTS.T, "kx", markersize=4)
+        axes.set(aspect="equal", xlim=(-10.5, 10.5), ylim=(-10.5, 10.5))
+        axes.set_title(method, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=80)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    known = [*ELEMENTWISE, *COMBINING]  # these take a run for each start and scale
-    parser.add_argument("--methods", nargs="+", default=list(ELEMENTWISE), choices=known)
+    known = [*ELEMENTWISE, *COMBINING]
+    parser.add_argument("--methods", nargs="*", default=known, help="only these anew", choices=known)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    found = {method: paths(method, options.steps) for method in options.methods}
-    write(found, options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / "toy.npz"
+    found = dict(np.load(kept)) if kept.exists() else {}
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    with ProcessPoolExecutor(options.processes, context) as pool:
+        going = {method: pool.submit(paths, method, options.steps) for method in options.methods}
+        for method, future in tqdm(going.items(), unit="method"):
+            # Every 300th point, in half a pixel of the picture.
+            found[method] = future.result()[:, :, ::6].numpy().astype(np.float16)
+            np.savez_compressed(kept, **found)
+    ordered = {m: torch.tensor(found[m]).float() for m in known if m in found}
+    write(ordered, options.out)
 
 
 def write(found: dict[str, Tensor], folder: Path) -> None:
@@ -140,14 +186,13 @@ def write(found: dict[str, Tensor], folder: Path) -> None:
     rows = []
     for method, points in found.items():
         for k, scale in enumerate(SCALES):
-            ends = points[k, :, -1]
-            off = from_front(ends).tolist()
+            last = points[k, :, -1]
             cells = [
-                f"({a:.1f}, {b:.1f}), {d:.1f}" for (a, b), d in zip(ends.tolist(), off, strict=True)
+                f"({a:.1f}, {b:.1f}), {d:.1f}" if d == d else "broke off"
+                for (a, b), d in zip(last.tolist(), from_front(last).tolist(), strict=True)
             ]
             rows.append([method, f"{scale:g}", *cells])
     columns = ["method", "first loss times", *(f"from ({a:g}, {b:g})" for a, b in STARTS.tolist())]
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "toy.md").write_text(write_table(columns, rows), encoding="utf-8")
     print(write_table(columns, rows))
     draw(found, folder / "toy.png")
