@@ -189,9 +189,13 @@ def _products(
             sums[key] = sums[key] + product if key in sums else product
     totals: dict[Spread, Tensor] = {}
     for (tasks, cut), product in sums.items():
-        index = torch.tensor(tasks, device=product.device)
         zeros = product.new_zeros(count, count)
-        zeros[index[:, None], index] = product
+        every = slice(tasks[0], tasks[-1] + 1, tasks[1] - tasks[0] if len(tasks) > 1 else 1)
+        if tasks == tuple(range(count))[every]:  # A slice, since an index waits for the device.
+            zeros[every, every] = product
+        else:
+            index = torch.tensor(tasks, device=product.device)
+            zeros[index[:, None], index] = product
         totals[cut] = totals[cut] + zeros.to(totals[cut]) if cut in totals else zeros
     if not totals:
         return torch.zeros(count, count, dtype=torch.float64)

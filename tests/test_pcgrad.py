@@ -265,6 +265,18 @@ def test_half_precision_gradients_are_multiplied_in_float32(dtype: torch.dtype, 
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=0.05)
 
 
+@pytest.mark.parametrize("shared", [(0, 1, 2, 3), (0, 2), (1, 3), (0, 1, 3), (2,), (3, 1)])
+def test_inner_products_find_their_places_whoever_shares_a_parameter(shared: Any) -> None:
+    lists: list[list[Tensor | None]] = [[None, torch.ones(2)] for _ in range(4)]
+    for task in shared:
+        lists[task][0] = torch.full((3,), task + 1.0)
+    expected = [
+        [2.0 + 3.0 * (a + 1) * (b + 1) * (a in shared and b in shared) for b in range(4)]
+        for a in range(4)
+    ]
+    assert gram(lists).tolist() == expected
+
+
 def test_gradients_in_any_memory_order_are_multiplied_element_by_element() -> None:
     """Of the same order, of different ones, and sparse."""
     a, b = (torch.randn(3, 4, 5, 6, dtype=torch.float64) for _ in range(2))
