@@ -7,10 +7,11 @@ front a method ends at should not depend on the unit of a loss.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ def values(w: Tensor) -> tuple[Tensor, Tensor]:
 Make = Callable[[Tensor, float], mtlopt.MultiTaskOptimizer]
 
 
-def around_adam(method: Callable[..., Any], *arguments: Any) -> Make:
-    return lambda w, lr: method(torch.optim.Adam([w], lr=lr), TASKS, *arguments)
+def around_adam(method: Callable[..., Any], *rules: Callable[[int], Any]) -> Make:
+    # A rule may keep a state: each path has its own.
+    return lambda w, lr: method(torch.optim.Adam([w], lr=lr), TASKS, *(make(2) for make in rules))
 
 
 # Elementwise, so that all starts and scales are one tensor; the others take a run each.
@@ -56,14 +58,11 @@ ELEMENTWISE: dict[str, Make] = {
     "independent": lambda w, lr: mtlopt.IndependentOptimizer(torch.optim.Adam, [w], TASKS, lr=lr),
 }
 COMBINING: dict[str, Make] = {
-    "uncertainty (UW)": lambda w, lr: around_adam(mtlopt.Scalarized, S.UW(2))(w, lr),
-    "FAMO": lambda w, lr: around_adam(mtlopt.Scalarized, S.FAMO(2))(w, lr),
+    "uncertainty (UW)": around_adam(mtlopt.Scalarized, S.UW),
+    "FAMO": around_adam(mtlopt.Scalarized, S.FAMO),
     "GradNorm": lambda w, lr: mtlopt.GradNorm(torch.optim.Adam([w], lr=lr), TASKS, shared=[w]),
     "PCGrad": around_adam(mtlopt.PCGrad),
-    **{
-        name: lambda w, lr, make=make: around_adam(mtlopt.Aggregated, make(2))(w, lr)
-        for name, make in AGGREGATORS.items()
-    },
+    **{name: around_adam(mtlopt.Aggregated, make) for name, make in AGGREGATORS.items()},
 }
 
 
@@ -162,7 +161,9 @@ def draw(found: dict[str, Tensor], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     known = [*ELEMENTWISE, *COMBINING]
-    parser.add_argument("--methods", nargs="*", default=known, help="only these anew", choices=known)
+    parser.add_argument(
+        "--methods", nargs="*", default=known, help="only these anew", choices=known
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -188,7 +189,7 @@ def write(found: dict[str, Tensor], folder: Path) -> None:
         for k, scale in enumerate(SCALES):
             last = points[k, :, -1]
             cells = [
-                f"({a:.1f}, {b:.1f}), {d:.1f}" if d == d else "broke off"
+                f"({a:.1f}, {b:.1f}), {d:.1f}" if math.isfinite(d) else "broke off"
                 for (a, b), d in zip(last.tolist(), from_front(last).tolist(), strict=True)
             ]
             rows.append([method, f"{scale:g}", *cells])

@@ -39,8 +39,8 @@ class Scalarized(OnePassOptimizer):
     scalarizer be a submodule of it. A rule that wants the
     losses after the step (FAMO, by its method ``update``) keeps its parameters to itself, and gets
     those losses: ``losses`` is called once more, without gradients unless it differentiates by its
-    inputs, and in whatever mode the model is in, so that batch norm sees the batch twice. What is due once an epoch stays the loop's:
-    ``optimizer.scalarizer.step()`` for DWA.
+    inputs, and in whatever mode the model is in, so that batch norm sees the batch twice. What is
+    due once an epoch stays the loop's: ``optimizer.scalarizer.step()`` for DWA.
 
     Args:
         optimizer: Optimizer that applies the gradient; it owns the parameters.

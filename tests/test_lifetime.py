@@ -17,7 +17,7 @@ from torch.optim import Adam
 import mtlopt
 from problems import TASKS, Network, batches, make_losses
 
-METHODS: dict[str, Callable[[Network], Any]] = {
+METHODS: dict[str, Callable[[Any], Any]] = {
     "independent": lambda m: mtlopt.IndependentOptimizer(Adam, m.parameters(), TASKS),
     "simultaneous": lambda m: mtlopt.IndependentOptimizer(
         Adam(m.parameters()), TASKS, schedule="simultaneous"
@@ -26,9 +26,7 @@ METHODS: dict[str, Callable[[Network], Any]] = {
     "joint": lambda m: mtlopt.JointOptimizer(Adam(m.parameters()), TASKS),
     "pcgrad": lambda m: mtlopt.PCGrad(Adam(m.parameters()), TASKS),
     "pcgrad, features": lambda m: mtlopt.PCGrad(Adam(m.parameters()), TASKS, features=m.trunk),
-    "gradnorm": lambda m: mtlopt.GradNorm(
-        Adam(m.parameters()), TASKS, shared=[m.trunk[2].weight]
-    ),
+    "gradnorm": lambda m: mtlopt.GradNorm(Adam(m.parameters()), TASKS, shared=[m.trunk[2].weight]),
     "aggregated": lambda m: mtlopt.Aggregated(
         Adam(m.parameters()), TASKS, torchjd.aggregation.UPGrad()
     ),
@@ -41,7 +39,7 @@ METHODS: dict[str, Callable[[Network], Any]] = {
 @pytest.mark.parametrize("method", METHODS)
 def test_an_optimizer_and_its_states_are_freed_without_the_garbage_collector(method: str) -> None:
     """Else a notebook that makes its optimizer anew holds T states more on the device."""
-    model = Network()
+    model: Any = Network()
     Adam(model.parameters())  # The first in a process makes a cycle of torch's own.
     optimizer = METHODS[method](model)
     optimizer.diagnostics()
@@ -62,7 +60,7 @@ def test_an_optimizer_and_its_states_are_freed_without_the_garbage_collector(met
 
 
 def test_a_tasks_optimizer_goes_on_without_the_wrapper() -> None:
-    model = Network()
+    model: Any = Network()
     own = mtlopt.IndependentOptimizer(Adam, model.parameters(), TASKS, lr=0.1)["a"]
     x, y = batches(1)[0]
     make_losses(model)(["a"], x, y)["a"].backward()

@@ -452,7 +452,7 @@ def test_losses_that_differentiate_by_their_inputs_are_seen_after_the_step() -> 
         return {task: both[task] for task in tasks}
 
     for _ in range(2):
-        seen = []
+        seen: list[Tensor] = []
         with mock.patch.object(rule, "update", side_effect=seen.append):
             optimizer.step(losses)
         weight, bias = model.weight.item(), model.bias.item()
