@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torchjd.aggregation import UPGrad
+from torchjd.scalarization import GeometricMean
 
 import mtlopt
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
@@ -23,6 +25,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "gradnorm-per-task": lambda base, model: mtlopt.GradNorm(
         base(model), TASKS, shared=[model.trunk[2].weight], forwards="per-task"
     ),
+    "aggregated": lambda base, model: mtlopt.Aggregated(base(model), TASKS, UPGrad()),
+    "scalarized": lambda base, model: mtlopt.Scalarized(base(model), TASKS, GeometricMean()),
     "independent": lambda _, model: mtlopt.IndependentOptimizer(
         torch.optim.AdamW, model.parameters(), TASKS, lr=0.01, weight_decay=0.1
     ),
@@ -35,8 +39,8 @@ METHODS: dict[str, Callable[..., Any]] = {
         weight_decay=0.1,
     ),
 }
-
-
+# Several backward passes through one forward pass.
+ONE_GRAPH = ("pcgrad", "gradnorm", "aggregated", "simultaneous")
 # Of steps of 0.01: torch's compiled AdamW corrects its moments' bias in float32.
 ROUNDING = 1e-5
 
@@ -103,7 +107,7 @@ def test_the_default_backend_works_or_says_what_to_do(method: str) -> None:
     model = Network()
     model.compile()
     # Torch 2.6 has no such buffers.
-    several = method in {"pcgrad", "gradnorm", "simultaneous"} and torch.__version__ >= "2.7"
+    several = method in ONE_GRAPH and torch.__version__ >= "2.7"
     refused = pytest.raises(RuntimeError, match="forwards='per-task'")
     with refused if several else nullcontext():
         weights, _ = train(method, model)
