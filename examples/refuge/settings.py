@@ -32,7 +32,7 @@ class Settings:
 
     data: str = "phantom"
     method: str = "independent"
-    epochs: int = 12
+    epochs: int = 7
     lr: float = 1e-3
     batch_size: int = 8
     width: int = 16

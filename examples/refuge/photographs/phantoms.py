@@ -24,7 +24,7 @@ FIELD = 0.965  # radius of the field of view, in half sides of the picture
 # Colours of the fundus, as the red and the orange of one camera and another, and a pale one.
 PIGMENTS = np.array(((224.0, 72.0, 42.0), (196.0, 96.0, 24.0), (184.0, 112.0, 82.0)))
 POSITIVES = 0.4
-COUNTS = {"train": 240, "val": 80, "test": 160}
+COUNTS = {"train": 480, "val": 80, "test": 160}
 
 
 @dataclass(frozen=True)
