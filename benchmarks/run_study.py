@@ -9,8 +9,9 @@ A second call goes on where the first one stopped. The protocol:
 1. Every method trains with Adam at the same five learning rates, half a decade apart, with seed 0.
    The best on validation must have tried neighbours on both sides: else the grid grows there.
 2. The weighted sum may also search its weights: six more, and the learning rate for the best anew.
-3. Each method's choice trains with all seeds. Its step is chosen on validation as well; the test
-   split is touched once for each run, after that.
+3. The two best train with all seeds, and the better mean on validation is the method's choice. The
+   step of a run is chosen on validation as well; the test split is touched once for each run, after
+   that.
 4. For quality at equal time each run also keeps its best step among those that take no longer than
    the whole run of the plain sum does.
 """

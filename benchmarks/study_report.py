@@ -106,7 +106,7 @@ def collect(folder: Path, problems: Mapping[str, str]) -> list[Results]:
         problem = load(problems.get(label, label))
         rows = [row for row in runs if row["problem"] == label]
         methods, later = names(problem)
-        _, choices = plan_all(methods, rows, 0)
+        _, choices = plan_all(methods, rows, 1 + max(int(row["seed"]) for row in rows))
         results = Results(label, {}, {}, problem.lower_is_better)
         results.costs = {row["method"]: row for row in costs if row["problem"] == label}
         failed = dict.fromkeys(later, "not run: not in this mtlopt")

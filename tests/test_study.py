@@ -116,9 +116,29 @@ def test_a_learning_rate_that_fails_is_not_chosen_and_the_rest_goes_on() -> None
     scores = {Config(SUM, study_plan.rate(k), 0, 0): -abs(k + 5.0) for k in study_plan.GRID}
     scores[Config(SUM, study_plan.rate(-5), 0, 0)] = float("-inf")
     lacking, choice = study_plan.plan(SUM, scores, 3, None)
-    assert choice is not None
-    assert choice.lr in {study_plan.rate(-6), study_plan.rate(-4)}
-    assert [config.seed for config in lacking] == [1, 2]
+    finalists = {study_plan.rate(-6), study_plan.rate(-4)}
+    assert {(config.lr, config.seed) for config in lacking} == {
+        (lr, seed) for lr in finalists for seed in (1, 2)
+    }
+    assert choice is None
+    scores |= dict.fromkeys(lacking, -1.0)
+    scores[Config(SUM, study_plan.rate(-6), 0, 2)] = float("-inf")
+    assert study_plan.plan(SUM, scores, 3, None) == ([], Config(SUM, study_plan.rate(-4), 0, 0))
+
+
+def test_the_two_best_of_one_seed_are_judged_by_all() -> None:
+    """One seed alone chooses by chance; the winner's neighbours must have been tried as well."""
+    first = {-7: 0.1, -6: 0.2, -5: 0.9, -4: 0.8, -3: 0.7}
+    scores = {Config(SUM, study_plan.rate(k), 0, 0): value for k, value in first.items()}
+    later = {study_plan.rate(-5): 0.1, study_plan.rate(-4): 0.5}
+    lacking, choice = study_plan.plan(SUM, scores, 3, None)
+    assert choice is None
+    assert len(lacking) == 4
+    scores |= {config: later[config.lr] for config in lacking}
+    assert study_plan.plan(SUM, scores, 3, None) == ([], Config(SUM, study_plan.rate(-4), 0, 0))
+    del scores[Config(SUM, study_plan.rate(-3), 0, 0)]
+    lacking, choice = study_plan.plan(SUM, scores, 3, None)
+    assert (lacking, choice) == ([Config(SUM, study_plan.rate(-3), 0, 0)], None)
 
 
 def test_the_best_learning_rate_is_never_at_the_edge_of_the_grid() -> None:
