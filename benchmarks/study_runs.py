@@ -31,8 +31,8 @@ class Defaults:
     """Whether each task has a metric of its own name, so that it can be learned alone."""
     steps = 300
     evaluations = 10
-    features: nn.Module | None = None
-    """The module whose output all tasks share."""
+    features: nn.Module | Sequence[nn.Module] | None = None
+    """The modules whose outputs the tasks share."""
     shared: Sequence[nn.Parameter] | None = None
     """The last parameters that all tasks share, for GradNorm."""
 
