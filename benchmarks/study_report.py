@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from study_methods import REFERENCE, SUM, TUNED, names
 from study_plan import plan_all
 from study_runs import load
 
-GLAUCOMA = Path(__file__).parents[1] / "docs" / "study" / "table1.csv"
 Values = dict[str, dict[int, dict[str, float]]]
 """Of each method, of each seed, the metrics on the test split."""
 
@@ -151,25 +149,6 @@ def join_single(results: Results, tasks: Sequence[str]) -> bool:
     summed = {c: str(sum(float(r[c]) for r in total)) for c in ("seconds", "forward", "backward")}
     results.costs = {**results.costs, REFERENCE: summed}
     return True
-
-
-def glaucoma() -> Results:
-    """The older comparison, in the same form: wall seconds, four learning rates, no tuned sum."""
-    called = {"joint": SUM, "gradnorm": "GradNorm", "pcgrad": "PCGrad"}
-    metrics = ("glaucoma_auc", "disc_dice", "cup_dice", "fovea_error")
-    results = Results("glaucoma", {}, {}, ("fovea_error",))
-    seconds: dict[str, list[float]] = {}
-    rates = {}
-    with open(GLAUCOMA, encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            method = called.get(row["method"], row["method"])
-            values = {metric: float(row[metric]) for metric in metrics}
-            results.tests.setdefault(method, {})[int(row["seed"])] = values
-            seconds.setdefault(method, []).append(float(row["seconds_per_iteration"]))
-            rates[method] = row["lr"]
-    results.costs = {m: {"seconds": str(np.median(each))} for m, each in seconds.items()}
-    results.rates = rates
-    return results
 
 
 def table(results: Results) -> str:
@@ -305,8 +284,6 @@ def summary(found: Sequence[Results]) -> str:
 def write_report(folder: Path, problems: Sequence[str]) -> None:
     """Writes a table and a picture of each problem, and the summary of all."""
     found = collect(folder, {Path(name).stem: name for name in problems})
-    if any(results.name == "adult" for results in found):
-        found.append(glaucoma())
     for results in found:
         text = f"{table(results)}\n{sentence(results)}"
         (folder / f"{results.name}.md").write_text(text, encoding="utf-8")

@@ -1,5 +1,7 @@
 """The study's harness on a problem of seconds, and the landmarks of its toy."""
 
+import functools
+import importlib
 import math
 import os
 import signal
@@ -282,6 +284,25 @@ def test_the_toy_is_that_of_the_paper() -> None:
     # |(-0 - 7) / 2 - tanh(-8)| and |(-0 + 3) / 2 + tanh(-8) + 2|, where tanh(-8) is -1.
     assert float(first) == pytest.approx(level * (math.log(2.5) + 6), rel=1e-5)
     assert float(second) == pytest.approx(level * (math.log(2.5) + 6), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["glaucoma", "many", "burgers"])
+def test_a_problem_that_is_drawn_trains_and_is_measured(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = study_runs.load(name)
+    if name == "glaucoma":
+        counts = {"train": 16, "val": 8, "test": 8}
+        phantoms = importlib.import_module("photographs.phantoms")
+        few = functools.partial(phantoms.phantom_records, counts=counts)
+        monkeypatch.setattr("photographs.data.phantom_records", few)
+    monkeypatch.setattr(problem, "steps", 2)
+    monkeypatch.setattr(problem, "evaluations", 1)
+    row = study_runs.run(name, Config(SUM, 1e-3, 0, 0), 1)
+    assert "error" not in row
+    assert row["validation"].keys() == row["test"].keys()
+    if problem.single:
+        assert row["test"].keys() == set(problem.tasks)
 
 
 def test_the_reference_of_burgers_solves_the_equation() -> None:
