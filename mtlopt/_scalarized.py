@@ -51,7 +51,9 @@ class Scalarized(OnePassOptimizer):
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
         scaler: Gradient scaler for float16; the rule sees losses without its factor, and an
             overflow skips the step and leaves the rule's state as it was.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: Whether a loss that is not finite raises, and a rule that is not finite at
+            losses that are; it costs a synchronisation. At the first step, and at every step of
+            FAMO, which would remember it, the rule is looked at all the same.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
 
     Raises:
@@ -200,6 +202,9 @@ class Scalarized(OnePassOptimizer):
         held = {id(parameter) for parameter in parameters}
         own = [p for p in self.scalarizer.parameters() if p.requires_grad and id(p) in held]
         slopes, *found = torch.autograd.grad(scalar, [losses, *own], allow_unused=True)
+        # The question waits for the device: once, or where the rule would remember the answer.
+        if self.check_finite or self._learns_afterwards or not self._seen:
+            self._check_rule(losses, scalar.detach() + slopes.sum(), list(present))
         # A parameter that the rule does not use has None, and stays without a gradient.
         reached: Gradients = list(found)
         gradients = {id(p): g * unit for p, g in zip(own, reached, strict=True) if g is not None}
@@ -209,6 +214,14 @@ class Scalarized(OnePassOptimizer):
         nan = torch.full_like(slopes[0], float("nan"))
         self._seen["coefficients"] = torch.stack([by_task.get(task, nan) for task in self.tasks])
         return by_task
+
+    def _check_rule(self, losses: Tensor, found: Tensor, tasks: list[Task]) -> None:
+        if losses.isfinite().all() & ~found.isfinite():
+            values = dict(zip(tasks, losses.tolist(), strict=True))
+            raise ValueError(
+                f"`losses` must be what {type(self.scalarizer).__name__} is defined for, which is "
+                f"not finite at {values}: most rules want positive losses."
+            )
 
     def _check_present(self, present: Mapping[Task, Tensor]) -> None:
         absent = [task for task in self.tasks if task not in present]

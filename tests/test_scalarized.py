@@ -437,6 +437,27 @@ def test_a_scaler_changes_nothing_but_the_steps_that_overflow(name: str, imperat
     torch.testing.assert_close(weights_of(optimizer, model), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("when", ["at first", "later"])
+def test_a_rule_that_is_not_finite_says_so_before_anything_moves(when: str) -> None:
+    """A negative loss, of a policy for one, has no logarithm: every weight would become NaN."""
+    w = torch.ones(2, requires_grad=True)
+    optimizer = mtlopt.Scalarized(SGD([w], lr=0.01), ["a", "b"], FAMO(2))
+
+    def losses(names: Sequence[str], sign: float) -> dict[str, Tensor]:
+        return {"a": w.square().sum(), "b": sign * w.sum()}
+
+    if when != "at first":
+        optimizer.step(losses, 1.0)
+    before, values = w.tolist(), [(w**2).sum().item(), -w.sum().item()]
+    with pytest.raises(ValueError, match=r"what FAMO is defined for.*'b': -[12]\.") as raised:
+        optimizer.step(losses, -1.0)
+    assert all(str(value)[:5] in str(raised.value) for value in values)
+    assert w.tolist() == before
+    optimizer.step(losses, 1.0)
+    assert w.isfinite().all()
+    assert w.tolist() != before
+
+
 def test_losses_that_differentiate_by_their_inputs_are_seen_after_the_step() -> None:
     """A physics-informed network's residual needs a graph where the losses are asked once more."""
     model = torch.nn.Linear(1, 1).double()
