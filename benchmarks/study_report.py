@@ -248,7 +248,7 @@ def picture(results: Results, path: Path) -> None:
     spread = [value for m in order for value in results.delta(m).values()]
     bound = float(f"{max(np.percentile(np.abs(spread), 50), 1e-3):.0e}")
     axes.set_yscale("symlog", linthresh=bound)
-    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), minor_locator=NullLocator())
     axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=bound, subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
