@@ -135,9 +135,11 @@ def from_front(points: Tensor) -> Tensor:
 
 def draw(found: dict[str, Tensor], path: Path) -> None:
     """Draws the paths over the contours of the sum, a panel for each method, a colour a scale."""
-    columns = 5
+    columns = min(5, len(found))
     rows = -(-len(found) // columns)
-    figure = Figure(figsize=(11, 0.6 + 2.4 * rows), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(0.4 + 2.3 * columns, 0.7 + 2.3 * rows), layout="constrained", facecolor="white"
+    )
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     line = torch.linspace(-10, 10, 101)
     total = sum(values(torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)))
@@ -162,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     known = [*ELEMENTWISE, *COMBINING]
     parser.add_argument(
-        "--methods", nargs="*", default=known, help="only these anew", choices=known
+        "--methods", nargs="*", default=known, help="only these anew, or none: draw", choices=known
     )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
