@@ -547,7 +547,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"`--lr` must be 0\.5 as in .*config\.json, got 0\.1"):
         parse([*again, "--lr", "0.1"])
     (tmp_path / "config.json").write_text(json.dumps(vars(Settings()) | {"epochs": "3"}))
-    with pytest.raises(InputError, match=r"config\.json: `epochs` must be like 12, got '3'"):
+    with pytest.raises(InputError, match=r"config\.json: `epochs` must be like 7, got '3'"):
         parse(again)
     with pytest.raises(InputError, match=r"config\.json: not readable"):
         parse(["--resume", "--out", str(tmp_path / "nowhere")])
