@@ -38,7 +38,7 @@ def study(name: str, options: argparse.Namespace) -> None:
     runs, costs = options.out / "runs.csv", options.out / "costs.csv"
     label = Path(name).stem
     problem = load(name)
-    methods = [m for m in names(problem)[0] if not options.methods or m in options.methods]
+    methods = [m for m in names(problem) if not options.methods or m in options.methods]
     known = {row["method"] for row in study_rows.load(costs, label)}
     if missing := [m for m in dict.fromkeys([*methods, SUM]) if m not in known]:
         # The plain sum is measured anew beside those that are: its ratio to them is what counts.

@@ -1,6 +1,5 @@
 """The methods of the study: how each makes its optimizer, and whom it is for."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +19,6 @@ class Method(NamedTuple):
     """One row of the tables."""
 
     build: Build
-    needs: str = ""
-    """What an mtlopt must have: a name, or an argument of a class ("PCGrad.features")."""
     tasks: int = 2
     """The fewest tasks that it differs from another method with."""
 
@@ -56,11 +53,7 @@ def aggregated(make: Callable[[int], nn.Module], features: bool = False) -> Buil
 
 
 def scalarized(make: Callable[[int], nn.Module]) -> Build:
-    def build(problem: Defaults, tasks: Sequence[str], lr: float) -> Any:
-        optimizer: Any = getattr(mtlopt, "Scalarized")  # noqa: B009  # not in every version
-        return optimizer(adam(problem, lr), tasks, make(len(tasks)))
-
-    return build
+    return lambda p, tasks, lr: mtlopt.Scalarized(adam(p, lr), tasks, make(len(tasks)))
 
 
 def gradnorm(problem: Defaults, tasks: Sequence[str], lr: float) -> Any:
@@ -94,50 +87,37 @@ AGGREGATORS: Mapping[str, Callable[[int], nn.Module]] = {
 }
 METHODS: Mapping[str, Method] = {
     SUM: Method(lambda p, tasks, lr: mtlopt.JointOptimizer(adam(p, lr), tasks)),
-    "uncertainty (UW)": Method(scalarized(S.UW), "Scalarized"),
-    "DWA": Method(scalarized(lambda count: S.DWA()), "Scalarized"),
-    "FAMO": Method(scalarized(S.FAMO), "Scalarized"),
-    "STCH": Method(scalarized(lambda count: S.STCH(mu=1.0)), "Scalarized"),
+    "uncertainty (UW)": Method(scalarized(S.UW)),
+    "DWA": Method(scalarized(lambda count: S.DWA())),
+    "FAMO": Method(scalarized(S.FAMO)),
+    "STCH": Method(scalarized(lambda count: S.STCH(mu=1.0))),
     "GradNorm": Method(gradnorm),
     "alternating": Method(lambda p, tasks, lr: mtlopt.AlternatingOptimizer(adam(p, lr), tasks)),
     "independent": Method(independent()),
     "independent, simultaneous": Method(independent(schedule="simultaneous")),
     "independent, groups of 2": Method(groups_of(2), tasks=3),
-    "independent, per_step=1": Method(independent(per_step=1), "IndependentOptimizer.per_step"),
-    "independent, per_step=4": Method(
-        independent(per_step=4), "IndependentOptimizer.per_step", tasks=5
-    ),
+    "independent, per_step=1": Method(independent(per_step=1)),
+    "independent, per_step=4": Method(independent(per_step=4), tasks=5),
     "PCGrad": Method(lambda p, tasks, lr: mtlopt.PCGrad(adam(p, lr), tasks)),
     "PCGrad, features": Method(
-        lambda p, tasks, lr: mtlopt.PCGrad(adam(p, lr), tasks, features=needed(p.features)),
-        "PCGrad.features",
+        lambda p, tasks, lr: mtlopt.PCGrad(adam(p, lr), tasks, features=needed(p.features))
     ),
     **{name: Method(aggregated(make)) for name, make in AGGREGATORS.items()},
     **{
-        f"{name}, features": Method(aggregated(make, features=True), "Aggregated.features")
+        f"{name}, features": Method(aggregated(make, features=True))
         for name, make in AGGREGATORS.items()
         if name != "ConFIG"  # does not work from the Gramian
     },
 }
 
 
-def is_available(needs: str) -> bool:
-    """Says whether this mtlopt has a name, or a class of it an argument."""
-    name, _, argument = needs.partition(".")
-    found = getattr(mtlopt, name, None)
-    return found is not None and (
-        not argument or argument in inspect.signature(found.__init__).parameters
-    )
-
-
-def names(problem: type[Defaults]) -> tuple[list[str], list[str]]:
-    """Lists the methods that a problem is for: those that can run, and those that cannot yet."""
-    fitting = {n: m for n, m in METHODS.items() if len(problem.tasks) >= m.tasks}
-    run = [name for name, m in fitting.items() if not m.needs or is_available(m.needs)]
+def names(problem: type[Defaults]) -> list[str]:
+    """Lists the methods that a problem is for."""
+    run = [name for name, method in METHODS.items() if len(problem.tasks) >= method.tasks]
     run.insert(1, TUNED)
     if problem.single:
         run[:0] = [f"{REFERENCE}:{task}" for task in problem.tasks]
-    return run, [name for name in fitting if name not in run]
+    return run
 
 
 def make_optimizer(problem: Defaults, method: str, lr: float, weighting: int) -> Any:

@@ -44,9 +44,10 @@ class Results:
         """What a method must beat."""
         return TUNED if TUNED in self.tests else SUM
 
-    def seeds(self, *methods: str) -> list[int]:
-        """The seeds that all of them have."""
-        return sorted(set.intersection(*(set(self.tests[method]) for method in methods)))
+    @property
+    def best_first(self) -> list[str]:
+        """The methods by their delta m."""
+        return sorted(self.tests, key=lambda method: -mean(self.delta(method).values()))
 
     def delta(self, method: str, values: Values | None = None) -> dict[int, float]:
         """Delta m %: the mean relative change of the metrics against the reference's seed means."""
@@ -58,9 +59,9 @@ class Results:
             for seed, row in (values or self.tests)[method].items()
         }
 
-    def against(self, method: str, values: Values | None = None) -> list[float]:
+    def against(self, method: str) -> list[float]:
         """The difference in delta m to the rival's, seed by seed."""
-        own, other = self.delta(method, values), self.delta(self.rival, values)
+        own, other = self.delta(method), self.delta(self.rival)
         return [own[seed] - other[seed] for seed in sorted(set(own) & set(other))]
 
     def ranks(self) -> dict[str, list[float]]:
@@ -103,11 +104,11 @@ def collect(folder: Path, problems: Mapping[str, str]) -> list[Results]:
     for label in dict.fromkeys(row["problem"] for row in runs):
         problem = load(problems.get(label, label))
         rows = [row for row in runs if row["problem"] == label]
-        methods, later = names(problem)
+        methods = names(problem)
         _, choices = plan_all(methods, rows, 1 + max(int(row["seed"]) for row in rows))
         results = Results(label, {}, {}, problem.lower_is_better)
         results.costs = {row["method"]: row for row in costs if row["problem"] == label}
-        failed = dict.fromkeys(later, "not run: not in this mtlopt")
+        failed: dict[str, str] = {}
         rates: dict[str, str] = {}
         for method in methods:
             own = [row for row in rows if row["method"] == method]
@@ -160,8 +161,7 @@ def table(results: Results) -> str:
     columns += shown or ["median", "worst"]
     ranks = results.ranks()
     rows = []
-    order = sorted(results.tests, key=lambda m: -mean(results.delta(m).values()))
-    for method in order:
+    for method in results.best_first:
         own, differences = list(results.delta(method).values()), results.against(method)
         cost = results.costs.get(method, {})
         row: list[Any] = [method, with_interval(own)]
@@ -223,8 +223,7 @@ def picture(results: Results, path: Path) -> None:
     """Draws quality against price: filled at equal epochs, hollow at equal time."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    order = sorted(results.tests, key=lambda m: -mean(results.delta(m).values()))
-    for number, method in enumerate(order):
+    for number, method in enumerate(results.best_first):
         price = 1e3 * float(results.costs[method]["seconds"])
         color, marker = f"C{number % 10}", "osD"[number // 10]
         own = list(results.delta(method).values())
@@ -245,7 +244,7 @@ def picture(results: Results, path: Path) -> None:
             axes.plot(price, timed, marker, color=color, markerfacecolor="none", alpha=0.7)
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.set(xscale="log", xlabel="ms a step", ylabel="delta m %", title=results.name)
-    spread = [value for m in order for value in results.delta(m).values()]
+    spread = [value for m in results.tests for value in results.delta(m).values()]
     bound = float(f"{max(np.percentile(np.abs(spread), 50), 1e-3):.0e}")
     axes.set_yscale("symlog", linthresh=bound)
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), minor_locator=NullLocator())

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,6 +16,8 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+import measured
 
 PROBLEMS = Path(__file__).parent / "study_problems"
 
@@ -219,13 +221,11 @@ def measure_costs(name: str, methods: Sequence[str], repetitions: int) -> list[d
         except Exception:  # its runs will say so, a row each
             continue
         started[method] = (problem, optimizer, batches)
-    times: dict[str, list[float]] = {method: [] for method in started}
-    for _ in range(repetitions):
-        for method, (problem, optimizer, batches) in started.items():
-            batch = next(batches)
-            start = time.process_time()
-            optimizer.step(problem.losses, *batch)
-            times[method].append(time.process_time() - start)
+    cases = {
+        method: lambda parts=parts: partial(parts[1].step, parts[0].losses, *next(parts[2]))
+        for method, parts in started.items()
+    }
+    times = measured.seconds(cases, repetitions, "cpu", 0, time.process_time)
     return [
         {"method": method, "seconds": statistics.median(times[method])} | count_passes(*parts)
         for method, parts in started.items()
