@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import measured
-from mtlopt._gradients import combine, gram
-from mtlopt._pcgrad import project_conflicts
+from mtlopt._gradients.arithmetic import combine, gram
+from mtlopt.methods.pcgrad import project_conflicts
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
 from network import MultiTaskUNet

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import mtlopt
 from gradnorm_toy import GradNormToy
-from mtlopt._balance import weight_gradients
+from mtlopt.methods.gradnorm import weight_gradients
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, step_overflowing
 
 

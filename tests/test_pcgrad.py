@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mtlopt
-from mtlopt._gradients import combine, gram
-from mtlopt._pcgrad import project_conflicts
+from mtlopt._gradients.arithmetic import combine, gram
+from mtlopt.methods.pcgrad import project_conflicts
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
 
 

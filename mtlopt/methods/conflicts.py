@@ -1,4 +1,4 @@
-"""conflicts(): how the tasks' gradients stand to each other at the present weights."""
+"""conflicts(): measures how the tasks' gradients conflict at the present weights."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtlopt._collect import collect
-from mtlopt._distributed import ALONE
-from mtlopt._gradients import conflict_fraction, cosines, gram
-from mtlopt._losses import (
+from mtlopt._gradients.arithmetic import conflict_fraction, cosines, gram
+from mtlopt._gradients.evaluation import Evaluation
+from mtlopt._gradients.losses import (
+    SINGLE_PROCESS,
     LossesFunction,
-    Question,
+    LossEvaluator,
     ReadyLosses,
     Task,
     check_parameters,
@@ -20,6 +20,7 @@ from mtlopt._losses import (
     list_batches,
     names_of,
 )
+from mtlopt._gradients.report import Report
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConflictReport:
-    """The angles between the tasks' gradients; a parameter not reached counts as zero.
+    """Reports the angles between the tasks' gradients; a missing gradient counts as zero.
 
     Attributes:
         tasks: The T tasks, groups as tuples.
         norms: (T,) Euclidean norms in float64 on the CPU; NaN for an absent task, as below.
-        cosines: (T, T) cosines; negative is a conflict.
-        conflict_fraction: Share of the pairs of present tasks that conflict, 0 of no pairs.
+        cosines: (T, T) cosines; a negative one is a conflict.
+        conflict_fraction: Fraction of pairs of present tasks that conflict, 0 without pairs.
 
     Example:
         >>> import torch, mtlopt
@@ -53,7 +54,7 @@ class ConflictReport:
     conflict_fraction: float
 
     def plot(self) -> "matplotlib.figure.Figure":
-        """Draws the cosines as a heat map beside the norms.
+        """Draws the cosines as a heat map, and the norms as bars.
 
         Returns:
             A matplotlib figure, not yet shown or saved.
@@ -93,9 +94,9 @@ def conflicts(
     tasks: Iterable[Task],
     *batch: Any,
 ) -> ConflictReport:
-    """Measures how the tasks' gradients conflict at the present weights, which stay as they are.
+    """Measures how the tasks' gradients conflict at the present weights, without moving anything.
 
-    It runs one forward pass: in training mode batch norm notes its statistics and dropout draws.
+    It runs one forward pass: in training mode batch norm updates its statistics and dropout draws.
 
     Args:
         losses: Function ``losses(tasks, *batch)``, called once for all tasks, or ready losses.
@@ -129,12 +130,18 @@ def conflicts(
     parameters = [p for p in check_parameters("params", params) if p.requires_grad]
     if not parameters:
         raise ValueError("`params` must hold at least one that requires a gradient, got none.")
-    question = Question(losses, names_of(*checked), check_finite=False)
-    batches = list_batches(losses, batch, None)
-    _, gradients = collect(question, checked, batches, parameters, ALONE, alone=True)
-    present = torch.tensor([k for k, task in enumerate(checked) if task in gradients]).long()
-    # The user chose the parameters, so each counts, whoever reaches it.
-    products = gram(list(gradients.values()), shared=False)
+    rows, _ = Evaluation(
+        LossEvaluator(losses, names_of(*checked)),
+        checked,
+        list_batches(losses, batch, None, {}),
+        parameters,
+        SINGLE_PROCESS,
+        Report(),
+        parameters_only=True,
+    ).per_task()
+    present = torch.tensor([k for k, task in enumerate(checked) if task in rows.gradients]).long()
+    # The user chose the parameters, so all count, shared or not.
+    products = gram(list(rows.gradients.values()), shared=False)
     # NaN for an absent task, so that rows keep their places.
     norms = torch.full((len(checked),), float("nan"), dtype=torch.float64)
     angles = torch.full((len(checked), len(checked)), float("nan"), dtype=torch.float64)

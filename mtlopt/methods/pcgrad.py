@@ -8,12 +8,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtlopt._base import Common
-from mtlopt._collect import Forwards
-from mtlopt._combining import CombiningOptimizer
-from mtlopt._gradients import Gradients, conflict_fraction, cosines
-from mtlopt._losses import Task
-from mtlopt._rows import Rows
+from mtlopt._core.combining import CombiningOptimizer
+from mtlopt._core.optimizer import Options
+from mtlopt._gradients.arithmetic import Gradients, Rows, conflict_fraction, cosines
+from mtlopt._gradients.evaluation import Forwards
+from mtlopt._gradients.losses import CheckFinite, Task
 
 Reduction = Literal["sum", "mean"]
 
@@ -21,10 +20,10 @@ Reduction = Literal["sum", "mean"]
 def project_conflicts(
     gram: Sequence[Sequence[float]], orders: Sequence[Sequence[int]]
 ) -> list[float]:
-    r"""Works out PCGrad from the gradients' inner products alone.
+    r"""Computes PCGrad from the gradients' inner products alone.
 
-    Each projected gradient is a combination of the original ones, and so is every inner product
-    that decides on the next projection: no vector is needed.
+    Every projected gradient is a linear combination of the original ones, so the inner products
+    that decide on the next projection follow from those of the originals: no vector is needed.
 
     Args:
         gram: (T, T) inner products :math:`K_{ij} = g_i \cdot g_j` of the original gradients.
@@ -43,7 +42,7 @@ def project_conflicts(
         own = [float(i == j) for j in range(len(gram))]
         for j in order:
             inner = sum(c * k for c, k in zip(own, gram[j], strict=True))
-            # A zero gradient conflicts with none, whatever rounding says.
+            # A zero gradient conflicts with none, even if rounding says so.
             if inner < 0 < gram[j][j]:
                 own[j] -= inner / gram[j][j]
         total = [t + c for t, c in zip(total, own, strict=True)]
@@ -58,7 +57,7 @@ class PCGrad(CombiningOptimizer):
 
     For each task i the others come in a fresh random order, and :math:`g_j` is always the original
     gradient (Algorithm 1 of the paper). Inner products run over the *shared* parameters, those
-    that at least two of the present tasks reach; the others get their plain gradient.
+    that the losses of at least two present tasks depend on; the others get their plain gradient.
 
     Args:
         optimizer: Optimizer that applies the combined gradient; it owns the parameters.
@@ -66,12 +65,12 @@ class PCGrad(CombiningOptimizer):
         reduction: "sum" as in the paper; "mean" divides the shared part by the number of present
             tasks.
         seed: Seed of the random orders; ``self.generator`` is saved in the state dict.
-        forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
+        forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
         features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
-            combined there, and one backward pass takes the result through the trunk.
+            combined there, and one backward pass carries the result through the trunk.
 
     Raises:
         TypeError: If `optimizer` is not an instance of a plain optimizer.
@@ -100,36 +99,47 @@ class PCGrad(CombiningOptimizer):
         *,
         forwards: Forwards = "joint",
         scaler: torch.amp.GradScaler | None = None,
-        check_finite: bool = False,
+        check_finite: CheckFinite = False,
         process_group: dist.ProcessGroup | None = None,
         features: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
-        super().__init__(
-            optimizer, tasks, forwards, Common(scaler, check_finite, process_group), features
-        )
-        self._refuse_closures()
+        options = Options(scaler, check_finite, process_group)
+        super().__init__(optimizer, tasks, forwards, options, features, takes_closures=False)
         if reduction not in ("sum", "mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
         self.reduction = reduction
         self.generator = torch.Generator().manual_seed(seed)
-        self._seen: dict[str, Tensor] = {}
+        # Of the last step: products, coefficients and positions of the present tasks.
+        self._seen: list[tuple[Tensor, list[float], list[int]]] = []
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Returns what the last step saw of the tasks, NaN where one was absent.
+        """Returns figures of the last step, NaN for an absent task.
 
         Returns:
             ``cosines`` (T, T) between the tasks' gradients over the shared parameters;
             ``coefficients`` (T,) of the original gradients in the shared part of the result;
-            ``conflict_fraction``, the share of the pairs of present tasks whose inner product is
-            negative. Empty before the first step.
+            ``conflict_fraction``, the fraction of pairs of present tasks with a negative inner
+            product. Empty before the first step.
         """
-        return dict(self._seen)
+        if not self._seen:
+            return {}
+        products, coefficients, present = self._seen[-1]
+        index, count = torch.tensor(present), len(self.tasks)
+        angles = torch.full((count, count), float("nan"), dtype=torch.float64)
+        angles[index[:, None], index] = cosines(products)
+        weights = torch.full((count,), float("nan"), dtype=torch.float64)
+        weights[index] = torch.tensor(coefficients, dtype=torch.float64)
+        return {
+            "cosines": angles,
+            "coefficients": weights,
+            "conflict_fraction": conflict_fraction(products),
+        }
 
     def _combine(self, rows: Rows) -> Gradients:
-        # T draws every step, so that a run's orders do not depend on who was absent.
-        count = len(self.tasks)
-        drawn = [torch.randperm(count, generator=self.generator).tolist() for _ in self.tasks]
-        present = [k for k, task in enumerate(self.tasks) if task in rows.gradients]
+        # T draws at every step, so that later orders do not depend on absent tasks.
+        tasks = self.tasks
+        drawn = [torch.randperm(len(tasks), generator=self.generator).tolist() for _ in tasks]
+        present = [k for k, task in enumerate(tasks) if task in rows.gradients]
         if not present:
             return rows.combine([])
         products = rows.gram()
@@ -137,23 +147,8 @@ class PCGrad(CombiningOptimizer):
         coefficients = project_conflicts(products.tolist(), orders)
         if not products.isfinite().all():  # A scaler must see it, also in finite gradients.
             coefficients = [float("nan")] * len(present)
-        # The shared part alone: `combine` leaves what one task reaches as it is.
+        # For the shared part only: `combine` leaves other parameters their plain gradient.
         if self.reduction == "mean":
             coefficients = [c / len(present) for c in coefficients]
-        self._seen.update(_describe(products, coefficients, present, count))
+        self._seen[:] = [(products, coefficients, present)]
         return rows.combine(coefficients)
-
-
-def _describe(
-    products: Tensor, coefficients: list[float], present: list[int], count: int
-) -> dict[str, Tensor]:
-    index = torch.tensor(present)
-    angles = torch.full((count, count), float("nan"), dtype=torch.float64)
-    angles[index[:, None], index] = cosines(products)
-    weights = torch.full((count,), float("nan"), dtype=torch.float64)
-    weights[index] = torch.tensor(coefficients, dtype=torch.float64)
-    return {
-        "cosines": angles,
-        "coefficients": weights,
-        "conflict_fraction": conflict_fraction(products),
-    }

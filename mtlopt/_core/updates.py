@@ -1,4 +1,4 @@
-"""Updates: what each task's step moves of the parameters that several tasks reach."""
+"""Updates: records what each task's update changes in the shared parameters."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,14 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mtlopt._gradients import Gradients, cosines, gram
+from mtlopt._gradients.arithmetic import Gradients, cosines, gram
 
 DECAY = 0.99
-"""Of the averages that shares are taken of, per step."""
+"""Decay per step of the averages behind the shares."""
 
 
 class Updates:
-    """Copies the shared parameters around each task's step.
+    """Compares the shared parameters before and after each task's update.
 
     Args:
         count: How many tasks there are.
@@ -24,7 +24,7 @@ class Updates:
         """Decaying averages of the tasks' squared updates."""
         self._count = count
         self._stepped: set[int] = set()
-        self._reached: dict[int, set[int]] = {}
+        self._tasks_of: dict[int, set[int]] = {}
         self._rows: dict[int, dict[int, Tensor]] = {}
         self._last: tuple[list[int], Tensor] = [], torch.zeros(0, 0, dtype=torch.float64)
 
@@ -34,24 +34,24 @@ class Updates:
 
     @contextmanager
     def of(self, task: int, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Notes what moves meanwhile of the parameters that have a gradient."""
+        """Records how the parameters with a gradient change meanwhile."""
         self._stepped.add(task)
         complete = len(self._stepped) == self._count
         before = {}
         for i, parameter in enumerate(parameters):
             if parameter.grad is None:
                 continue
-            self._reached.setdefault(i, set()).add(task)
-            # Whether others reach it is known once each has had a turn.
+            self._tasks_of.setdefault(i, set()).add(task)
+            # Which parameters are shared is known once each task has had a turn.
             if self._is_shared(i) or not complete:
                 before[i] = parameter.detach().clone()
         yield
         self._rows[task] = {i: parameters[i].detach() - start for i, start in before.items()}
 
     def finish(self) -> None:
-        """Sums up the step, in one copy from the device, and lets go of the updates."""
+        """Summarises the step, by one copy from the device, and frees the updates."""
         present = list(self._rows)
-        places = [i for i in self._reached if self._is_shared(i)]
+        places = [i for i in self._tasks_of if self._is_shared(i)]
         rows: list[Gradients] = [[row.get(i) for i in places] for row in self._rows.values()]
         self._last = present, gram(rows, shared=False)
         moved = torch.zeros_like(self.squares)
@@ -60,7 +60,7 @@ class Updates:
         self._rows = {}
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Returns the figures of the last step, NaN for a task that took none."""
+        """Returns the last step's figures, NaN for a task without an update."""
         present, products = self._last
         norms = torch.full_like(self.squares, float("nan"))
         angles = torch.full((self._count, self._count), float("nan"), dtype=torch.float64)
@@ -71,4 +71,4 @@ class Updates:
         return {"update_norms": norms, "update_cosines": angles, "update_shares": shares}
 
     def _is_shared(self, place: int) -> bool:
-        return len(self._reached[place]) >= min(2, self._count)
+        return len(self._tasks_of[place]) >= min(2, self._count)

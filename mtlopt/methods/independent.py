@@ -1,55 +1,41 @@
-"""IndependentOptimizer: a step per task, each with its own optimizer state (eq. 3)."""
+"""IndependentOptimizer: an update per task, each with its own optimizer state (eq. 3)."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, Literal, TypeAlias, overload
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt._base import Common
-from mtlopt._build import make
-from mtlopt._collect import collect
-from mtlopt._distributed import broadcast_parameters, choose_ranks
-from mtlopt._losses import (
-    LossesFunction,
-    Question,
-    ReadyLosses,
-    Task,
-    check_tasks,
-    names_of,
-    refuse_keywords,
-)
-from mtlopt._panel import Panel
-from mtlopt._passes import put
-from mtlopt._sequential import Order, Record, SequentialOptimizer, refuse_closure
-
-Schedule: TypeAlias = Literal["sequential", "simultaneous"]
+from mtlopt._core.optimizer import Options
+from mtlopt._core.panel import Panel
+from mtlopt._core.replicas import make_replicas
+from mtlopt._core.sequential import Order, Record, Schedule, SequentialOptimizer
+from mtlopt._gradients.losses import CheckFinite, Task, check_tasks, names_of
+from mtlopt._gradients.ranks import broadcast_parameters
 
 
-class IndependentOptimizer(Panel, SequentialOptimizer):
+class IndependentOptimizer(SequentialOptimizer):
     r"""Steps through the tasks in turn, each with its own optimizer and so its own state.
 
     For :math:`k = 1, \dots, T`:
 
     .. math:: w \leftarrow w - \eta \, \hat m^{(k)}\!\left(g^{(k)}(w)\right)
 
-    Each gradient is taken at the weights that the previous task's step left, and
+    Each gradient is taken at the weights that the previous task's update left, and
     :math:`\hat m^{(k)}` is the update rule (Adam's, momentum's, any class's) with task k's own
-    moments. T optimizers hold T times one optimizer's state for the parameters that all tasks
-    reach; a parameter that task k does not reach gets no state in optimizer k.
+    moments. T optimizers hold T times one optimizer's state for parameters that all tasks share; a
+    parameter that task k's loss does not depend on gets no state in optimizer k.
 
-    With ``schedule="simultaneous"`` and Adam, AdaGrad or RMSprop this is AdaTask: moments of each
-    task's own, all gradients from one forward pass. (AdamW decays the weights in each task's step.)
+    With ``schedule="simultaneous"`` and Adam, AdaGrad or RMSprop this is AdaTask: per-task moments,
+    with all gradients from one forward pass. (AdamW decays the weights in each task's update.)
 
     ``IndependentOptimizer(optimizer, tasks)`` makes T optimizers of an instance's class, groups,
     options and state; the instance itself is not used afterwards. ``IndependentOptimizer(
     torch.optim.Adam, params, tasks, lr=1e-3)`` calls the class T times.
 
     ``param_groups`` is the control panel: a scheduler on it, or a value set in it, reaches every
-    task before its next update. ``optimizer[task]`` is the task's own optimizer; what is set in
+    task before its next update. ``optimizer[task]`` is the task's own optimizer; a value set in
     its ``param_groups`` stays with that task until :meth:`reset_overrides`.
 
     Args:
@@ -65,7 +51,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
             them if None. They come from a shuffled cycle, each equally often; one that is absent
             from its batch has had its turn. "simultaneous" takes all.
         record: "updates" has :meth:`diagnostics` say what each task's step moves; while a step
-            lasts it costs T copies of the parameters that several tasks reach.
+            lasts it costs T copies of the shared parameters.
         scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks that agree on the tasks' counts. "sequential" wants a model wrapped
@@ -100,6 +86,9 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         AdaTask: Yang et al., AAAI 2023 (arXiv 2211.15055).
     """
 
+    _takes_class = True
+    _updater: Panel
+
     _without_losses = (
         "`step` of IndependentOptimizer needs `losses`: one gradient cannot serve several tasks. "
         "In a loop that owns the backward pass call each task's own: "
@@ -122,7 +111,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         per_step: int | None = None,
         record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        check_finite: bool = False,
+        check_finite: CheckFinite = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None: ...
 
@@ -138,7 +127,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         per_step: int | None = None,
         record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        check_finite: bool = False,
+        check_finite: CheckFinite = False,
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None: ...
@@ -154,7 +143,7 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
         per_step: int | None = None,
         record: Record | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        check_finite: bool = False,
+        check_finite: CheckFinite = False,
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
@@ -163,97 +152,91 @@ class IndependentOptimizer(Panel, SequentialOptimizer):
                 f"`schedule` must be 'sequential' or 'simultaneous', got {schedule!r}."
             )
         self.schedule = schedule
-        optimizers = make(optimizer_class, params, tasks, options)
-        self._lay_out(optimizers)
-        first = next(iter(optimizers.values()))
-        common = Common(scaler, check_finite, process_group)
-        super().__init__(optimizers, first, order, per_step, record, common)
-        if self._needs_closure and schedule == "simultaneous":
+        panel = Panel(make_replicas(optimizer_class, params, tasks, options))
+        shared_options = Options(scaler, check_finite, process_group)
+        super().__init__(panel, panel.optimizers, order, per_step, record, shared_options)
+        if schedule == "sequential":
+            return
+        # All gradients come from one forward pass, so they are reduced here and not by DDP.
+        self._forwards, self._model_is_wrapped = "joint", False
+        if self._needs_closure:
             raise ValueError(
                 "`schedule` must be 'sequential' for a class that needs a closure, "
-                f"got 'simultaneous' for {type(first).__name__}."
+                f"got 'simultaneous' for {type(panel.inner[0]).__name__}."
             )
-        if schedule == "simultaneous" and per_step is not None:
+        if per_step is not None:
             raise ValueError(
-                "`per_step` must be None with schedule='simultaneous', whose one forward pass is "
-                f"of all tasks, got {per_step}."
+                "`per_step` must be None with schedule='simultaneous', whose one forward pass "
+                f"serves all tasks, got {per_step}."
             )
-        if schedule == "simultaneous":
-            broadcast_parameters(self._parameters, process_group)
+        broadcast_parameters(self._parameters, process_group)
 
-    def step(  # type: ignore[override]  # torch's closure is the keyword `closure` here
-        self,
-        losses: LossesFunction | ReadyLosses | None = None,
-        *batch: Any,
-        micro_batches: Iterable[Any] | None = None,
-        closure: Any = None,
-        **keywords: Any,
-    ) -> dict[str, Tensor]:
-        """Takes a step for every task, or `per_step` of them, each with its own state.
+    # The tasks' optimizers. Not a `Mapping`, which frameworks take apart and build again.
+
+    def __getitem__(self, task: Task) -> Optimizer:
+        """Returns the task's own optimizer."""
+        if task not in self._updater.optimizers:
+            raise KeyError(f"{task!r} is not among the tasks {list(self.tasks)}")
+        return self._updater.optimizers[task]
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._updater.optimizers
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self._updater.optimizers)
+
+    def __len__(self) -> int:
+        return len(self._updater.optimizers)
+
+    def keys(self) -> KeysView[Task]:
+        """Returns the tasks."""
+        return self._updater.optimizers.keys()
+
+    def values(self) -> ValuesView[Optimizer]:
+        """Returns the tasks' optimizers."""
+        return self._updater.optimizers.values()
+
+    def items(self) -> ItemsView[Task, Optimizer]:
+        """Returns pairs of a task and its optimizer."""
+        return self._updater.optimizers.items()
+
+    def get(self, task: Task, default: Any = None) -> Any:
+        """Returns the task's own optimizer, or `default` if there is no such task.
 
         Args:
-            losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar
-                loss, (loss, count) or None; "sequential" calls it once per task, "simultaneous"
-                once for all, and also takes the mapping itself.
-            *batch: Passed on to `losses`.
-            micro_batches: Several batches to average over, in place of `batch`.
-            closure: Not taken; here for torch's signature.
-            **keywords: None: a batch goes by position.
+            task: Name or group of names.
+            default: What to return instead.
+        """
+        return self._updater.optimizers.get(task, default)
 
-        Returns:
-            The present tasks' losses, detached scalars.
+    def pin(self, task: Task, *names: str) -> None:
+        """Keeps a task's hyper-parameters at their present values, whatever happens to the panel.
+
+        A value set on ``optimizer[task].param_groups`` is kept without this, unless it equals the
+        panel's: then nothing shows that it was set.
+
+        Args:
+            task: One of the tasks.
+            *names: Hyper-parameters, such as "lr"; all of them if none is named.
 
         Raises:
-            TypeError: Without losses, or for ready losses with "sequential".
-            ValueError: If a loss is not a scalar with a graph, or was not asked for. With
-                "sequential" the earlier tasks have stepped then.
+            KeyError: If there is no such task.
+            ValueError: If the class has no such hyper-parameter.
         """
-        refuse_keywords(keywords)
-        refuse_closure(closure)
-        if losses is None and self._is_repeated():
-            return {}
-        simultaneous = self.schedule == "simultaneous" and losses is not None
-        if not simultaneous:
-            self._check_function(losses)
-        batches = self._batches(losses, batch, micro_batches)
-        question = self._question(losses)
-        values: dict[str, Tensor] = {}
-        try:
-            if simultaneous:
-                values = self._step_simultaneously(question, batches)
-            for task in () if simultaneous else self._turns():
-                # Eq. 3: task k's gradient where the previous task's step ended, its own moments.
-                gradient = partial(self._backward, question, task, batches)
-                if present := gradient():
-                    self._update(self[task], task, present, gradient)
-                values |= present
-        finally:
-            self._update_scaler()
-        self._finish(values)
-        return values
+        self[task]
+        self._updater.pin(task, names)
 
-    def _step_simultaneously(
-        self, question: Question, batches: list[tuple[Any, ...]]
-    ) -> dict[str, Tensor]:
-        """Eq. 3 with every g^(k) at the weights where the step began: AdaTask's, with Adam."""
-        self._clear()
-        parameters = self._parameters
-        ranks = choose_ranks(parameters, self.process_group, reduced=False)
-        values, gradients = collect(
-            question,
-            self.tasks,
-            batches,
-            parameters,
-            ranks,
-            scale=self._scale,
-            watch=self._watch,
-        )
-        for task in self._turns():
-            if task in gradients:
-                # Popped: a gradient that has been applied need not wait for the others.
-                put(parameters, gradients.pop(task))
-                self._update(self[task], task, values)
-        return values
+    def reset_overrides(self, task: Task) -> None:
+        """Lets a task follow the panel again in every hyper-parameter, pinned ones too.
+
+        Args:
+            task: One of the tasks.
+
+        Raises:
+            KeyError: If there is no such task.
+        """
+        self[task]
+        self._updater.reset(task)
 
 
 def random_groups(

@@ -1,4 +1,4 @@
-"""Follower: how one task's hyper-parameters follow those of the control panel."""
+"""Follower: keeps one task's hyper-parameters in step with the control panel's."""
 
 from collections.abc import Iterable, Sequence
 from operator import is_, itemgetter
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mtlopt._core.state import copied
+
 Groups = list[dict[str, Any]]
 
 
 class _Version:
-    """A tensor as it was: equal to itself until it is written to or replaced.
+    """Remembers a tensor's version: unequal once it has been written to or replaced.
 
-    Comparing the numbers would force a synchronisation with the device.
+    Comparing the numbers would wait for the device.
     """
 
     __slots__ = ("tensor", "version")
@@ -34,7 +36,7 @@ class _Version:
 
 
 def fingerprint(value: Any) -> Any:
-    """Returns what tells later whether a hyper-parameter has changed."""
+    """Returns a value that differs once a hyper-parameter has changed."""
     if isinstance(value, Tensor):
         return _Version(value)
     if isinstance(value, (tuple, list)):
@@ -42,19 +44,8 @@ def fingerprint(value: Any) -> Any:
     return value
 
 
-def copied(value: Any) -> Any:
-    """Copies a hyper-parameter, with the tensors in it."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (tuple, list):
-        return type(value)(copied(item) for item in value)
-    if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
-    return value
-
-
 class _Snapshot:
-    """A group's hyper-parameters as they were, and whether they still are."""
+    """Remembers a group's hyper-parameters, to tell whether they have changed."""
 
     def __init__(self, group: dict[str, Any], keys: list[str]) -> None:
         self.marks = {key: fingerprint(group[key]) for key in keys}
@@ -63,7 +54,7 @@ class _Snapshot:
         self._immutable = all(_is_immutable(group[key]) for key in keys)
 
     def holds(self, group: dict[str, Any]) -> bool:
-        """Whether every value is the same object; most steps need to ask no more than this."""
+        """Returns whether every value is the same object, a quick test that suffices mostly."""
         return self._immutable and all(map(is_, self._get(group), self._values))
 
 
@@ -74,11 +65,11 @@ def _is_immutable(value: Any) -> bool:
 
 
 class Follower:
-    """Passes on to one task's groups what changes in the panel's, but for overrides.
+    """Copies changes in the panel's groups to one task's groups, except for overrides.
 
-    A value that differs from what the follower gave was set by the user (or a scheduler on the
-    task's own optimizer): an override, which stays until :meth:`reset`. What the optimizer itself
-    changes during a step (a counter that it keeps in its groups) is not one.
+    A value that differs from the one copied last was set by the user, or by a scheduler on the
+    task's own optimizer: an override, which stays until :meth:`reset`. What the optimizer itself
+    changes during a step (such as a counter in its groups) is not one.
     """
 
     def __init__(
@@ -101,12 +92,12 @@ class Follower:
 
     @property
     def overrides(self) -> list[list[str]]:
-        """Names of the overridden hyper-parameters of each group."""
+        """The names of the overridden hyper-parameters of each group."""
         return [sorted(keys) for keys in self._overrides]
 
     @property
     def pins(self) -> list[list[str]]:
-        """Names of the overridden hyper-parameters that no value makes follow again."""
+        """The names of the overridden hyper-parameters that stay so at any value."""
         return [sorted(keys) for keys in self._pins]
 
     def pin(self, keys: Iterable[str], panel: Groups) -> None:
@@ -124,20 +115,21 @@ class Follower:
             self._overrides[i] |= self._pins[i]
 
     def accept(self) -> None:
-        """Takes the task's present values for given, after the optimizer wrote to them."""
+        """Accepts what the optimizer wrote to its own groups: no override."""
         for i, (group, given) in enumerate(zip(self.own.param_groups, self._given, strict=True)):
             if not given.holds(group):
                 self._given[i] = _Snapshot(group, self._keys[i])
 
     def follow(self, panel: Groups) -> None:
-        """Copies what changed in the panel since the last time."""
+        """Copies what has changed in the panel since the last call."""
         if not len(panel) == len(self.own.param_groups) == len(self._given):
             raise ValueError(
                 f"A task's optimizer must have the panel's {len(panel)} parameter groups, "
                 f"got {len(self.own.param_groups)}: add groups to the panel, for all tasks."
             )
         for i, (source, own) in enumerate(zip(panel, self.own.param_groups, strict=True)):
-            if not _same(source["params"], self._parameters[i]):
+            given, before = source["params"], self._parameters[i]
+            if len(given) != len(before) or not all(map(is_, given, before)):
                 self._replace(i, source["params"], own)
             if "initial_lr" in own:  # A scheduler is attached to this task alone.
                 self._overrides[i].add("lr")
@@ -145,17 +137,17 @@ class Follower:
                 self._follow_group(i, source, own)
 
     def _replace(self, i: int, parameters: Sequence[Tensor], own: dict[str, Any]) -> None:
-        """Follows parameters that something has put in the place of the panel's, one by one."""
+        """Takes over parameters that replaced the panel's, one by one."""
         before = self._parameters[i]
         if len(parameters) != len(before):
             raise ValueError(
-                f"Parameter group {i} must keep its {len(before)} parameters, if each replaced by "
-                f"another, got {len(parameters)}: add parameters with `add_param_group`."
+                f"Parameter group {i} must keep its {len(before)} parameters, though each may be "
+                f"replaced, got {len(parameters)}: add parameters with `add_param_group`."
             )
         swapped = {
             id(old): new for old, new in zip(before, parameters, strict=True) if new is not old
         }
-        # In place: LBFGS holds on to the list.
+        # In place, because LBFGS keeps a reference to the list.
         own["params"][:] = [swapped.get(id(old), old) for old in own["params"]]
         kept = set(map(id, parameters))
         for old in before:
@@ -167,8 +159,8 @@ class Follower:
         given, seen = self._given[i].marks, self._panel[i].marks
         for key in self._keys[i]:
             if (mark := fingerprint(own[key])) != given[key]:
-                # Set to the panel's value it follows again: torch's checkpointing sets the
-                # learning rate to 0 for a moment.
+                # Set back to the panel's value it follows again: torch.distributed.checkpoint sets
+                # the learning rate to 0 for one step.
                 follows = mark == fingerprint(source[key]) and key not in self._pins[i]
                 (self._overrides[i].discard if follows else self._overrides[i].add)(key)
             if key not in self._overrides[i] and fingerprint(source[key]) != seen[key]:
@@ -177,7 +169,7 @@ class Follower:
         self._panel[i] = _Snapshot(source, self._keys[i])
 
     def reset(self, panel: Groups) -> None:
-        """Gives overridden hyper-parameters the panel's values again."""
+        """Copies the panel's values over all overrides."""
         self.follow(panel)
         for i, (source, own) in enumerate(zip(panel, self.own.param_groups, strict=True)):
             own.pop("initial_lr", None)
@@ -193,14 +185,10 @@ def _as_sets(keys: list[list[str]] | None, count: int) -> list[set[str]]:
     return [set(names) for names in given + [[]] * (count - len(given))]
 
 
-def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return len(first) == len(second) and all(map(is_, first, second))
-
-
 def _give(own: dict[str, Any], key: str, value: Any) -> None:
     held = own[key]
     if isinstance(value, Tensor) and isinstance(held, Tensor) and held.shape == value.shape:
-        # In place: compiled and captured steps hold on to the tensor.
+        # In place, because compiled and captured steps keep a reference to the tensor.
         with torch.no_grad():
             held.copy_(value)
     else:

@@ -1,4 +1,4 @@
-"""What the methods that take a module of TorchJD have in common: its state and its draws."""
+"""State and random draws of TorchJD's aggregators and scalarizers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 PLAIN = (Tensor, bool, int, float, str, tuple, torch.dtype, type(None))
 KIND = "torch.optim"
-"""Key by which a saved optimizer of a module's own is known."""
+"""Key that marks the saved state of a module's optimizer."""
 
 
 def stateful(module: nn.Module) -> list[nn.Module]:
@@ -22,9 +22,9 @@ def stateful(module: nn.Module) -> list[nn.Module]:
 
 
 def state_of(part: nn.Module) -> dict[str, Any]:
-    """Returns the attributes of a part as plain containers; nothing if one cannot be saved.
+    """Returns the attributes of a part as plain containers, empty if one cannot be saved.
 
-    TorchJD's `state_dict` lacks the key by which an aggregator knows its own buffers again.
+    TorchJD's own `state_dict` lacks the key by which an aggregator recognises its buffers.
     """
     saved = {name: _saved(part, value) for name, value in _attributes(part).items()}
     return saved if all(_is_plain(value) for value in saved.values()) else {}
@@ -39,9 +39,9 @@ def restore(parts: Sequence[nn.Module], states: Sequence[dict[str, Any]]) -> Non
 
 
 def needs_all_tasks(module: nn.Module, count: int) -> str:
-    """Says what makes a module know the tasks by their places; empty if nothing does."""
+    """Returns why a module needs every task at every step, or an empty string."""
     if stateful(module):
-        return "a state that knows the tasks by their rows"
+        return "a state with a row for each task"
     vectors = [
         value
         for part in module.modules()
@@ -53,7 +53,7 @@ def needs_all_tasks(module: nn.Module, count: int) -> str:
 
 @contextmanager
 def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Seeds torch's own generator from the given one, for the time being."""
+    """Seeds torch's default generator from the given one, for the duration of the context."""
     if generator is None:
         yield
         return
@@ -75,7 +75,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _saved(part: nn.Module, value: Any) -> Any:
-    """An optimizer over the part's own parameters becomes its class's name and its state."""
+    """Replaces an optimizer over the part's own parameters by its class's name and its state."""
     if not isinstance(value, Optimizer) or type(value) is not getattr(
         torch.optim, type(value).__name__, None
     ):

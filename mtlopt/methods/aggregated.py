@@ -9,13 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtlopt._base import Common
-from mtlopt._collect import Forwards
-from mtlopt._combining import CombiningOptimizer
-from mtlopt._gradients import Gradients, reach
-from mtlopt._losses import Task
-from mtlopt._rows import Rows
-from mtlopt._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
+from mtlopt._core.combining import CombiningOptimizer
+from mtlopt._core.optimizer import Options
+from mtlopt._gradients.arithmetic import Gradients, Rows, tasks_by_parameter
+from mtlopt._gradients.evaluation import Forwards
+from mtlopt._gradients.losses import CheckFinite, Task
+from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
 
 
 class Aggregated(CombiningOptimizer):
@@ -69,14 +68,12 @@ class Aggregated(CombiningOptimizer):
         *,
         forwards: Forwards = "joint",
         scaler: torch.amp.GradScaler | None = None,
-        check_finite: bool = False,
+        check_finite: CheckFinite = False,
         process_group: dist.ProcessGroup | None = None,
         features: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
-        super().__init__(
-            optimizer, tasks, forwards, Common(scaler, check_finite, process_group), features
-        )
-        self._refuse_closures()
+        options = Options(scaler, check_finite, process_group)
+        super().__init__(optimizer, tasks, forwards, options, features, takes_closures=False)
         try:
             from torchjd.aggregation import Aggregator, GramianWeightedAggregator
         except ImportError as error:
@@ -124,7 +121,7 @@ class Aggregated(CombiningOptimizer):
         if len(present) > 1:
             products = rows.gram()
             # NaN takes an overflow to the scaler, where the aggregator might raise.
-            lost = rows.scaled and not products.isfinite().all()
+            lost = rows.is_scaled and not products.isfinite().all()
             weights = [float("nan")] * len(present) if lost else self._weighting(products).tolist()
         coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
         coefficients[present] = torch.tensor(weights, dtype=torch.float64)
@@ -133,22 +130,22 @@ class Aggregated(CombiningOptimizer):
 
     def _by_matrix(self, rows: Rows) -> Gradients:
         gradients, tensors = list(rows.gradients.values()), rows.tensors
-        if rows.in_parts:
+        if rows.is_distributed:
             raise ValueError(
                 "`aggregator` must work from the Gramian where the ranks hold parts of the "
                 f"gradients (FSDP2, or `features` with a `process_group`), got "
                 f"{type(self.aggregator).__name__}, which needs whole ones."
             )
-        reached = reach(gradients)
-        shared = [i for i, tasks in enumerate(reached) if len(tasks) > 1 or not rows.apart]
+        owners = tasks_by_parameter(gradients)
+        shared = [i for i, tasks in enumerate(owners) if len(tasks) > 1 or not rows.shared_only]
         combined = [
             None if i in shared or not tasks else gradients[tasks[0]][i]
-            for i, tasks in enumerate(reached)
+            for i, tasks in enumerate(owners)
         ]
         if shared:
             sizes = [tensors[i].numel() for i in shared]
             matrix = _stack(gradients, shared, tensors)
-            lost = rows.scaled and not matrix.isfinite().all()
+            lost = rows.is_scaled and not matrix.isfinite().all()
             vector = matrix[0] * float("nan") if lost else self.aggregator(matrix)
             for i, part in zip(shared, vector.split(sizes), strict=True):
                 combined[i] = part.view(tensors[i].shape).to(tensors[i].dtype)
@@ -163,15 +160,11 @@ class Aggregated(CombiningOptimizer):
                 f"it has {reason}. Absent from this batch: {absent}."
             )
 
-    def _collect_state(self) -> dict[str, Any]:
-        state = super()._collect_state()
-        state["mtlopt"]["aggregator"] = [state_of(m) for m in stateful(self.aggregator)]
-        return state
+    def _own_state(self) -> dict[str, Any]:
+        return {"aggregator": [state_of(module) for module in stateful(self.aggregator)]}
 
-    def _restore_state(self, state_dict: dict[str, Any]) -> None:
-        super()._restore_state(state_dict)
-        saved = state_dict.get("mtlopt", {}).get("aggregator", [])
-        restore(stateful(self.aggregator), saved)
+    def _load_own_state(self, saved: dict[str, Any]) -> None:
+        restore(stateful(self.aggregator), saved.get("aggregator", []))
 
 
 def _stack(rows: list[Gradients], shared: list[int], parameters: Sequence[Tensor]) -> Tensor:
