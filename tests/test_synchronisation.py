@@ -1,4 +1,4 @@
-"""No step waits for a device more often than its method must."""
+"""No step synchronises with the device more often than its method requires."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchjd import aggregation, scalarization
 
 import mtlopt
-from far import FarTensor, send, traffic
+from fake_device import DeviceTensor, send, traffic
 from problems import TASKS, batches, make_losses, snapshot
 
 
@@ -110,7 +110,7 @@ def run(
         own = {"features": model.trunk} if features else {}
         passed = train(
             method,
-            FarTensor,
+            DeviceTensor,
             model,
             common | own,
             lambda: (len(seen.to_host), len(seen.to_device)),
@@ -118,7 +118,7 @@ def run(
         )
         weights: dict[str, Any] = dict(snapshot(model))
     for name, weight in snapshot(twin).items():
-        torch.testing.assert_close(weights[name].near, weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(weights[name].host, weight, rtol=0, atol=1e-5)
     return passed
 
 
@@ -161,10 +161,10 @@ def test_a_record_of_the_updates_copies_their_products_once(method: str) -> None
 
 def test_tensors_of_the_host_and_of_the_device_do_not_mix() -> None:
     with traffic() as seen:
-        far = FarTensor(torch.ones(2))
+        tensor = DeviceTensor(torch.ones(2))
         with pytest.raises(RuntimeError, match="same device"):
-            far + torch.ones(2)
-        assert (far * 2 + torch.tensor(1.0)).tolist() == [3.0, 3.0]
+            tensor + torch.ones(2)
+        assert (tensor * 2 + torch.tensor(1.0)).tolist() == [3.0, 3.0]
         assert (len(seen.to_host), len(seen.to_device)) == (1, 0)
-        assert torch.tensor([1.0], device=far.device).item() == 1.0
+        assert torch.tensor([1.0], device=tensor.device).item() == 1.0
     assert (len(seen.to_host), len(seen.to_device)) == (2, 1)
