@@ -1,6 +1,8 @@
-"""Small networks and optimizer classes that the tests of the methods share."""
+"""Small networks, their losses and batches, and the optimizer classes the tests run with."""
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +75,30 @@ def step_overflowing(
         scaler.update()
     else:
         optimizer.step(bad)
+
+
+def leaf(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, requires_grad=True)
+
+
+def halves(x: Tensor, y: Mapping[str, Tensor], at: int) -> list[tuple[Any, ...]]:
+    """Cuts a batch into two micro-batches."""
+    return [
+        (x[:at], {t: v[:at] for t, v in y.items()}),
+        (x[at:], {t: v[at:] for t, v in y.items()}),
+    ]
+
+
+def with_counts(losses: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the same losses, each with the number of samples it is the mean of."""
+    return lambda tasks, x, y: {t: (v, len(x)) for t, v in losses(tasks, x, y).items()}
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

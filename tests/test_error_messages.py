@@ -2,16 +2,18 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.optim import SGD, Adam
 
 import mtlopt
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+from all_methods import ONE_STEP, WRAPPERS, every_method, make_for, wrapper
+from problems import TASKS, Network, assert_equal, batches, leaf, make_losses, snapshot
 
 METHODS: dict[str, Callable[..., Any]] = {
     "pcgrad": lambda m, **k: mtlopt.PCGrad(SGD(m.parameters(), lr=0.1), TASKS, **k),
@@ -332,3 +334,88 @@ def test_a_typical_mistake_ends_in_the_line_to_write(mistake: Callable[[], Any],
     kinds = (AttributeError, RuntimeError, TypeError, UserWarning, ValueError)
     with pytest.raises(kinds, match=re.escape(line)):
         mistake()
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1}])
+@pytest.mark.parametrize("method", WRAPPERS)
+def test_a_class_for_an_instance_is_an_error_that_asks_for_an_instance(
+    method: str, options: dict[str, Any]
+) -> None:
+    """IndependentOptimizer takes a class, so swapping methods in one line leads here."""
+    model = Network()
+    classes: dict[str, Any] = {"gradnorm": mtlopt.GradNorm, "aggregated": mtlopt.Aggregated}
+    call = classes.get(method) or wrapper(method)
+    with pytest.raises(TypeError, match=r"(?i)pass an instance") as caught:
+        call(Adam, model.parameters(), TASKS, **options)
+    assert "Adam" in str(caught.value)
+
+
+def test_weights_for_independent_optimizers_are_refused() -> None:
+    """A class that divides by the gradient's size, such as Adam, would ignore them."""
+    with pytest.raises(TypeError, match="`weights`"):
+        mtlopt.IndependentOptimizer(Adam, [leaf(1.0)], ["a", "b"], lr=0.1, weights={"a": 2.0})
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@every_method
+def test_a_list_of_losses_is_an_error_that_shows_the_mapping(method: str, kind: Any) -> None:
+    model = Network()
+    optimizer = make_for(model, method)
+    losses, (x, y) = make_losses(model), batches(1)[0]
+    before = snapshot(model)
+    told = pytest.raises(TypeError, match=re.escape("dict(zip(tasks, losses))"))
+    with told:
+        optimizer.step(lambda tasks: kind(losses(tasks, x, y).values()))
+    if method in (*ONE_STEP, "simultaneous"):
+        with pytest.raises(TypeError, match=re.escape("dict(zip(tasks, losses))")):
+            optimizer.step(kind(losses(TASKS, x, y).values()))
+    if method in ONE_STEP:
+        with pytest.raises(TypeError, match=re.escape("dict(zip(tasks, losses))")):
+            optimizer.backward(kind(losses(TASKS, x, y).values()))
+    assert_equal(snapshot(model), before)
+
+
+@every_method
+def test_a_batch_by_keyword_is_an_error_that_asks_for_positions(method: str) -> None:
+    model = Network()
+    optimizer = make_for(model, method)
+    x, y = batches(1)[0]
+    with pytest.raises(TypeError, match=r"position|losses\(tasks, \*batch\)"):
+        optimizer.step(make_losses(model), x=x, y=y)
+
+
+@every_method
+def test_nesting_methods_is_a_short_error(method: str) -> None:
+    """The optimizer's repr, which lists all its groups, would fill the screen."""
+    model = Network()
+    inner = make_for(model, method)
+    for outer in WRAPPERS:
+        call = wrapper(outer, model.trunk[2].weight)
+        with pytest.raises(TypeError, match=type(inner).__name__) as caught:
+            call(inner, TASKS)
+        assert len(str(caught.value)) < 300
+        assert "Parameter Group" not in str(caught.value)
+
+
+@every_method
+def test_an_unknown_task_is_an_error_that_lists_both_sets(method: str) -> None:
+    model = Network()
+    optimizer = make_for(model, method)
+    losses, (x, y) = make_losses(model), batches(1)[0]
+    before = snapshot(model)
+
+    def misspelt(tasks: Sequence[str]) -> dict[str, Tensor]:
+        return {{"a": "disk"}.get(t, t): v for t, v in losses(TASKS, x, y).items()}
+
+    with pytest.raises(ValueError, match="'disk'") as caught:
+        optimizer.step(misspelt)
+    for name in TASKS:
+        assert repr(name) in str(caught.value)
+    assert_equal(snapshot(model), before)
+
+
+def test_the_refusal_of_ready_losses_names_the_schedule_that_takes_them() -> None:
+    w = leaf(1.0)
+    optimizer = mtlopt.IndependentOptimizer(SGD, [w], ["a", "b"], lr=0.1)
+    with pytest.raises(TypeError, match=r"schedule=.simultaneous"):
+        optimizer.step({"a": w.sum(), "b": w.sum()})

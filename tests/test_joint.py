@@ -1,10 +1,14 @@
 """JointOptimizer: weights, and the imperative form that replaces `.backward()`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import SGD
 
+import mtlopt
 from mtlopt import JointOptimizer
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
 
@@ -160,3 +164,26 @@ def test_a_tensor_is_a_weight_that_may_change() -> None:
     optimizer.step(make_losses(model), x, y)
     make(twin, weights={"b": 0.25}).step(make_losses(twin), x, y)
     assert_equal(snapshot(model), snapshot(twin))
+
+
+def test_weights_that_require_a_gradient_are_refused() -> None:
+    """They would be learned in one form of the step and not in another."""
+    model = Network()
+    learned = nn.Parameter(torch.ones((), dtype=torch.float64))
+    before = snapshot(model)
+    for weight in (learned, learned.exp()):
+        with pytest.raises(TypeError, match=r"`weights`.*gradient"):
+            mtlopt.JointOptimizer(SGD(model.parameters(), lr=0.1), TASKS, {"a": weight})  # type: ignore[dict-item]  # on purpose
+    x, y = batches(1)[0]
+    steps: list[Callable[[Any], Any]] = [
+        lambda optimizer: optimizer.step(make_losses(model), x, y),
+        lambda optimizer: optimizer.step(make_losses(model), micro_batches=[(x, y), (x, y)]),
+        lambda optimizer: optimizer.backward(make_losses(model)(TASKS, x, y)),
+    ]
+    for step in steps:
+        optimizer: Any = mtlopt.JointOptimizer(SGD(model.parameters(), lr=0.1), TASKS)
+        with pytest.raises(TypeError, match=r"`weights`.*gradient"):  # noqa: PT012  # either line
+            optimizer.weights["a"] = learned
+            step(optimizer)
+        assert_equal(snapshot(model), before)
+    assert learned.grad is None

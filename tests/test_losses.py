@@ -1,15 +1,20 @@
 """The protocol: what `step` accepts, and what it says about everything else."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Adam
 
 import mtlopt
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+import reference
+from all_methods import INDEPENDENT, make, make_for
+from problems import TASKS, Network, assert_equal, batches, leaf, make_losses, no_warnings, snapshot
 
 
 def sgd(model: Network) -> torch.optim.Optimizer:
@@ -320,3 +325,89 @@ def test_large_counts_do_not_overflow_half_precision(method: str) -> None:
     optimizer = MAKERS[method](model, ["a"])
     optimizer.step(lambda tasks, n: {"a": ((w * w).sum(), n)}, micro_batches=[260_000, 130_000])
     assert w.item() == pytest.approx(0.4, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["joint", "pcgrad", "alternating", *INDEPENDENT])
+def test_a_hundred_steps_without_labels_warn_once(method: str) -> None:
+    """A misspelt task name looks like a missing label."""
+    w = leaf(1.0)
+    optimizer = make(method, [w], ["disc", "cup"])
+
+    def nothing(tasks: Any) -> dict[str, Tensor]:
+        return {}
+
+    with no_warnings():
+        for _ in range(60):
+            optimizer.step(nothing)
+        optimizer.step(lambda tasks: {task: w.sum() for task in tasks})
+        for _ in range(99):
+            optimizer.step(nothing)
+    with pytest.warns(UserWarning, match="100") as caught:
+        optimizer.step(nothing)
+    assert len(caught) == 1
+    for word in ("'disc'", "'cup'", "label"):
+        assert word in str(caught[0].message)
+    with no_warnings():
+        for _ in range(150):
+            optimizer.step(nothing)
+
+
+@pytest.mark.parametrize("micro", [False, True])
+@pytest.mark.parametrize("method", ["joint", "pcgrad", "aggregated", "alternating", *INDEPENDENT])
+def test_a_loss_that_depends_on_no_parameter_warns_once(method: str, micro: bool) -> None:
+    """The trunk is detached, or no optimizer has the head: the task trains nothing."""
+    w, foreign = leaf(1.0), leaf(1.0)
+    optimizer = make(method, [w], TASKS)
+    reached = {"a", "c"}
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        return {task: (w if task in reached else foreign).square().sum() for task in tasks}
+
+    def step() -> None:
+        optimizer.step(losses, micro_batches=[(), ()] if micro else None)
+
+    with pytest.warns(UserWarning, match="'b'") as caught:
+        step()
+    assert len(caught) == 1
+    with no_warnings():
+        step()
+    if method == "joint" and not micro:
+        return  # The sum has one backward pass; only its first graph is searched.
+    reached.remove("c")
+    with pytest.warns(UserWarning, match="'c'") as caught:
+        step()
+    assert len(caught) == 1
+    with no_warnings():
+        step()
+
+
+@pytest.mark.parametrize("method", ["alternating", "independent", "per task"])
+def test_a_task_that_was_not_asked_for_is_ignored(method: str) -> None:
+    """So a model that computes every task works: the other losses are not even looked at."""
+    torch.manual_seed(1)
+    model = Network()
+    expected = copy.deepcopy(model)
+    if method == "per task":
+        optimizer: Any = mtlopt.JointOptimizer(
+            Adam(model.parameters(), lr=0.01), TASKS, forwards="per-task"
+        )
+    else:
+        optimizer = make_for(model, method, optimizer_class=Adam, lr=0.01)
+    plain = {task: Adam(expected.parameters(), lr=0.01) for task in TASKS}
+    by_hand = {
+        "per task": partial(reference.joint, plain["a"]),
+        "alternating": partial(reference.alternating, plain["a"]),
+        "independent": partial(reference.independent, plain),
+    }[method]
+    losses = make_losses(model)
+
+    def everything(tasks: Sequence[str], x: Tensor, y: Any) -> dict[str, Any]:
+        found = losses(TASKS, x, y)
+        return {t: v if t in tasks else (v.detach() * float("nan"), 7) for t, v in found.items()}
+
+    for x, y in batches(3):
+        values = optimizer.step(everything, x, y)
+        assert list(values) == list(TASKS)
+        by_hand(make_losses(expected), TASKS, x, y)
+    for name, weight in snapshot(model).items():
+        torch.testing.assert_close(weight, snapshot(expected)[name], rtol=1e-12, atol=1e-12)

@@ -3,15 +3,18 @@
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD
 
 import mtlopt
+import reference
 from mtlopt._gradients import combine, gram
 from mtlopt._pcgrad import project_conflicts
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
@@ -330,3 +333,89 @@ def test_gradients_whose_squares_overflow_are_combined_all_the_same() -> None:
     optimizer.step({"a": w[0] - w[1], "b": w[1] - 2 * w[0]})
     assert w.tolist() == pytest.approx([1.07, 1.09])
     assert scaler.get_scale() == 2.0**70
+
+
+def drawn_orders(count: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(count, generator=generator).tolist() for _ in range(count)]
+
+
+def pcgrad_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns what PCGrad combines these float32 gradients to."""
+    names = [str(k) for k in range(len(gradients))]
+    w = torch.zeros(len(gradients[0]), requires_grad=True)
+    optimizer = mtlopt.PCGrad(SGD([w], lr=0.0), names)
+    optimizer.step({name: (w * g).sum() for name, g in zip(names, gradients, strict=True)})
+    assert w.grad is not None
+    return w.grad.double()
+
+
+@pytest.mark.parametrize(
+    "exponents",
+    [
+        (0, 0, 0),
+        (-22, -22, -22),
+        (-30, -30, -30),
+        (30, 30, 30),
+        (-30, 30, 0),
+        (0, -26, 1),
+        (30, -30, -29),
+        (20, -20, 10, -10),
+    ],
+)
+@pytest.mark.parametrize("size", [8, 5000])
+def test_pcgrad_is_exact_at_any_scale_of_the_gradients(
+    exponents: tuple[int, ...], size: int
+) -> None:
+    """Their squares leave float32 beyond 1e-22 and 1e19, their quotients beyond 1e38."""
+    generator = torch.Generator().manual_seed(5)
+    common = torch.randn(size, generator=generator, dtype=torch.float64)
+    gradients = []
+    for k, exponent in enumerate(exponents):
+        own = torch.randn(size, generator=generator, dtype=torch.float64)
+        vector = own + (-0.6) ** k * common  # Every second one conflicts with the others.
+        gradients.append((vector / vector.norm() * 10.0**exponent).float())
+    found = pcgrad_of(gradients)
+    expected = reference.project_conflicts(
+        [g.double() for g in gradients], drawn_orders(len(gradients))
+    )
+    plain = torch.stack([g.double() for g in gradients]).sum(0)
+    assert (plain - expected).norm() > 1e-3 * expected.norm()  # There is something to project.
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("saturated", ["zero", "denormal", "logit -58"])
+def test_a_saturated_task_does_not_disturb_the_others(saturated: str) -> None:
+    """By hand: (1, 0) and (-1, 1) give (1/2, 1/2) and (0, 1); the third adds next to nothing."""
+    w = torch.zeros(3, requires_grad=True)
+    optimizer = mtlopt.PCGrad(SGD([w], lr=1.0), ["a", "b", "c"])
+
+    def third() -> Tensor:
+        if saturated == "logit -58":  # An all-negative batch; conflicts with neither.
+            logit = (w * torch.tensor([0.0, 0.0, 1.0])).sum() - 58
+            return nn.functional.binary_cross_entropy_with_logits(logit, torch.zeros(()))
+        return (w * (0.0 if saturated == "zero" else 1e-42)).sum()
+
+    losses = {"a": w[0] * 1.0, "b": w[1] - w[0], "c": third()}
+    optimizer.step(losses)
+    torch.testing.assert_close(w.detach(), torch.tensor([-0.5, -1.5, 0.0]))
+
+
+def test_a_denormal_gradient_in_conflict_is_projected_or_left() -> None:
+    """Its direction has few digits: either (-1, 1) less its part along (1, 0), or unchanged."""
+    w = torch.zeros(2, requires_grad=True)
+    optimizer = mtlopt.PCGrad(SGD([w], lr=1.0), ["a", "b"])
+    optimizer.step({"a": w[0] * 1e-42, "b": w[1] - w[0]})
+    assert w.tolist() in ([0.0, -1.0], [1.0, -1.0])
+
+
+def test_a_saturated_task_in_conflict_is_projected_off() -> None:
+    """Sigmoid(-58) is 6e-26: its square is 0 in float32, but its direction is exact."""
+    x = torch.tensor([1.0, 2.0])
+    w = torch.zeros(2, requires_grad=True)
+    optimizer = mtlopt.PCGrad(SGD([w], lr=1.0), ["a", "b"])
+    logit = (w * x).sum() - 58
+    negatives = nn.functional.binary_cross_entropy_with_logits(logit, torch.zeros(()))
+    optimizer.step({"a": negatives, "b": -w[0]})
+    # b's (-1, 0) less its part along (1, 2), which is (-1/5, -2/5).
+    torch.testing.assert_close(w.detach(), torch.tensor([0.8, -0.4]), rtol=1e-5, atol=1e-7)

@@ -1,12 +1,14 @@
-"""Mixed precision by autocast, wherever the caller enters it."""
+"""Mixed precision: autocast, gradient scalers, and the precision of inner products."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtlopt
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
@@ -73,3 +75,68 @@ def test_float16_on_a_processor_too(method: str) -> None:
     weights, without = train(method, "inside", torch.float16), train(method, "")
     for name, weight in weights.items():
         torch.testing.assert_close(weight, without[name], rtol=0, atol=2e-3)
+
+
+class Operations(TorchDispatchMode):
+    """Records torch's operations, their results, and the precision of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.seen: list[tuple[str, Any, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        precision = torch.get_float32_matmul_precision()
+        self.seen.append((func.overloadpacket.__name__, result, precision))
+        return result
+
+    @property
+    def products(self) -> list[tuple[Tensor, str]]:
+        names = ("mm", "bmm", "addmm", "baddbmm", "matmul", "mv", "dot", "vdot", "addbmm")
+        return [(result, precision) for name, result, precision in self.seen if name in names]
+
+
+@pytest.mark.parametrize("size", [5, 2**13])  # One product, and several at once.
+@pytest.mark.parametrize("what", ["pcgrad", "conflicts", "aggregated"])
+def test_inner_products_do_not_follow_the_global_precision(what: str, size: int) -> None:
+    """TF32 has three digits: enough for a network's layers, not for the angle of two gradients."""
+    w = torch.zeros(size, requires_grad=True)
+    directions = {"a": torch.linspace(-1, 1, size), "b": torch.linspace(1, -0.5, size)}
+    if what == "aggregated":
+        from torchjd.aggregation import MGDA
+
+        optimizer: Any = mtlopt.Aggregated(SGD([w], lr=0.1), ["a", "b"], MGDA())
+    else:
+        optimizer = mtlopt.PCGrad(SGD([w], lr=0.1), ["a", "b"])
+    losses = {task: (w * direction).sum() for task, direction in directions.items()}
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Operations() as operations:
+            if what == "conflicts":
+                mtlopt.conflicts(losses, [w], ["a", "b"])
+            else:
+                optimizer.step(losses)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert operations.products
+    single = {how for result, how in operations.products if result.dtype is torch.float32}
+    assert single <= {"highest"}
+
+
+def test_inner_products_do_not_need_float64_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS, for one, has none. "meta" stands in for it, until its values have to be read."""
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: nullcontext()
+    )  # "meta" has no autocast.
+    monkeypatch.setattr("mtlopt._gradients.NO_FLOAT64", ("meta",), raising=False)
+    w = torch.zeros(5, device="meta", requires_grad=True)
+    direction = torch.ones(5, device="meta")
+    optimizer = mtlopt.PCGrad(SGD([w], lr=0.1), ["a", "b"])
+    losses = {"a": (w * direction).sum(), "b": (w * direction).sum()}
+    with Operations() as operations, suppress(NotImplementedError, RuntimeError):
+        optimizer.step(losses)
+    assert operations.products
+    results = [r for _, r, _ in operations.seen if isinstance(r, Tensor) and r.is_meta]
+    assert torch.float64 not in {result.dtype for result in results}

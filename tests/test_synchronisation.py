@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 from torchjd import aggregation, scalarization
 
 import mtlopt
@@ -168,3 +169,17 @@ def test_tensors_of_the_host_and_of_the_device_do_not_mix() -> None:
         assert (len(seen.to_host), len(seen.to_device)) == (1, 0)
         assert torch.tensor([1.0], device=tensor.device).item() == 1.0
     assert (len(seen.to_host), len(seen.to_device)) == (2, 1)
+
+
+@pytest.mark.parametrize("micro", [False, True])
+def test_tensor_weights_are_not_read_by_the_host(micro: bool) -> None:
+    with traffic() as seen:
+        w = nn.Parameter(DeviceTensor(torch.ones(1)))
+        weights: Any = {"a": DeviceTensor(torch.tensor(2.0)), "b": DeviceTensor(torch.tensor(1.0))}
+        optimizer = mtlopt.JointOptimizer(SGD([w], lr=0.1), ["a", "b"], weights)
+        optimizer.step(
+            lambda tasks: {task: w.sum() for task in tasks},
+            micro_batches=[(), ()] if micro else None,
+        )
+        assert seen.to_host == []
+        assert w.tolist() == pytest.approx([0.7])

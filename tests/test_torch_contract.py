@@ -11,7 +11,9 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mtlopt
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+from all_methods import every_method, make
+from problems import TASKS, Network, assert_equal, batches, leaf, make_losses, snapshot
+from round_trips import by_file
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "joint": lambda m, t=TASKS, c=Adam, **k: mtlopt.JointOptimizer(
@@ -439,3 +441,19 @@ def test_step_hooks_see_unscaled_gradients(method: str) -> None:
         train(optimizer, model)
         norms.append(seen)
     assert norms[0] == norms[1] != []
+
+
+@every_method
+def test_the_first_group_may_be_empty(method: str) -> None:
+    """1 - 0.1 (1 + 2), in every method."""
+    w = leaf(1.0)
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [w]}]
+    optimizer = make(method, groups, ["a", "b"], shared=w)
+    optimizer.diagnostics()
+    optimizer.step(
+        lambda tasks: {t: v for t, v in {"a": w[0], "b": 2 * w[0]}.items() if t in tasks}
+    )
+    torch.testing.assert_close(w.detach(), torch.tensor([0.7]))
+    for value in optimizer.diagnostics().values():
+        assert not value.is_floating_point() or value.isfinite().all()
+    optimizer.load_state_dict(by_file(optimizer.state_dict()))
