@@ -77,6 +77,13 @@ def step_overflowing(
         optimizer.step(bad)
 
 
+def twins(dtype: torch.dtype = torch.float64) -> tuple[Network, Network]:
+    """Returns two networks with the same weights."""
+    model, twin = Network(dtype), Network(dtype)
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
 def leaf(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor(values, dtype=dtype, requires_grad=True)
 
@@ -110,6 +117,12 @@ def assert_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> N
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def assert_close(model: nn.Module, expected: nn.Module, atol: float = 1e-12) -> None:
+    """Compares the weights of two networks."""
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=atol, msg=name)
 
 
 O = torch.optim  # noqa: E741  # short in the table

@@ -464,3 +464,59 @@ def test_the_initial_loss_of_a_group_is_that_of_the_tasks_present() -> None:
     optimizer.load_state_dict(by_file(optimizer.state_dict()))
     assert step(b=3.0, c=1.0) == by_hand(3 / 6, 1 / 2)
     assert step(a=2.0, b=3.0, c=1.0) == by_hand((2 + 3) / (4 + 6), 1 / 2)
+
+
+@pytest.mark.parametrize("of", ["features", "shared"])
+def test_norms_too_large_for_half_precision_update_the_weights(of: str) -> None:
+    """The gradients are finite in float16, though their norms are not."""
+    half = torch.nn.Parameter(torch.zeros(100, 100, dtype=torch.float16))
+    trunk = nn.Identity()
+    base = torch.optim.SGD([half], lr=1e-4)
+    over: dict[str, Any] = {"features": trunk} if of == "features" else {"shared": [half]}
+    optimizer = mtlopt.GradNorm(base, ["a", "b"], **over)
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        z = trunk(half)
+        slopes = dict(zip("ab", (1000.0, 900.0), strict=True))
+        return {task: 1 + (z.float() * slopes[task]).sum() for task in tasks}
+
+    optimizer.step(losses)
+    found = optimizer.diagnostics()
+    torch.testing.assert_close(found["norms"], torch.tensor([1e5, 9e4]), rtol=1e-4, atol=0)
+    assert not found["skipped"]
+    assert found["weights"][0] < 1 < found["weights"][1]
+
+
+@pytest.mark.parametrize("tasks", [TASKS, [("a", "b"), "c"], [("a", "b", "c")]])
+def test_a_state_with_one_initial_loss_per_objective_resumes(tasks: Any) -> None:
+    """As it was saved before each task of a group had its own initial loss."""
+    model = Network()
+    data = batches(4)
+
+    def make() -> mtlopt.GradNorm:
+        return mtlopt.GradNorm(
+            torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1),
+            tasks,
+            shared=model.trunk[2].parameters(),
+        )
+
+    optimizer = make()
+    optimizer.step(make_losses(model), *data[0])
+    state = copy.deepcopy(optimizer.state_dict())
+    names, own = state["mtlopt"]["initial_losses"].tolist(), state["mtlopt"]
+    first = dict(zip(TASKS, names, strict=True))
+    del own["initial_losses_of_groups"]
+    own["initial_losses"] = torch.tensor(
+        [sum(first[name] for name in t) if isinstance(t, tuple) else first[t] for t in tasks]
+    )
+    resumed = make()
+    resumed.load_state_dict(state)
+    # At the same weights both see the same losses, and the same ratios to the first ones.
+    ratios = []
+    for one in (optimizer, resumed):
+        before = snapshot(model)
+        one.step(make_losses(model), *data[1])
+        model.load_state_dict(before)
+        ratios.append(one.diagnostics())
+    for name in ("rates", "weights", "norms"):
+        torch.testing.assert_close(ratios[0][name], ratios[1][name], rtol=1e-6, atol=0)
