@@ -22,3 +22,14 @@ def by_pickle(value: Any) -> Any:
 
 
 COPIERS: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": by_pickle}
+
+
+def flat(value: Any) -> Any:
+    """Turns tensors into numbers, so that states can be compared with `==`."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: flat(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [flat(item) for item in value]
+    return value

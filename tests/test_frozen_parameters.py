@@ -1,4 +1,4 @@
-"""Parameters that `losses` freezes and unfreezes."""
+"""Frozen parameters, also those that `losses` freezes and unfreezes."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -104,3 +104,15 @@ def test_pcgrad_projects_over_the_parameters_that_losses_left_unfrozen() -> None
     optimizer.step(losses, False)  # (1, 2) + (1, -1), each less a part: by -1/2 of b, -1/5 of a.
     torch.testing.assert_close(first.item(), -2 - (1 + 0.5) - (1 + 0.2))
     torch.testing.assert_close(second.item(), -(2 - 0.5) - (-1 + 0.4))
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    model = Network()
+    model.trunk[0].weight.requires_grad_(False)
+    start = snapshot(model)
+    for method in ("independent", "simultaneous"):
+        optimizer = make_for(model, method, optimizer_class=Adam, lr=0.1, weight_decay=0.1)
+        optimizer.step(make_losses(model), *batches(1)[0])
+        assert model.trunk[0].weight not in optimizer["a"].state
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, start[name])]
+    assert moved == [name for name in start if name != "trunk.0.weight"]

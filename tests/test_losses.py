@@ -134,75 +134,6 @@ def test_an_error_inside_losses_is_not_dressed_up(method: str) -> None:
 
 
 @methods
-def test_micro_batches_must_hold_a_batch_and_stand_alone(method: str) -> None:
-    optimizer = MAKERS[method](Network())
-    with pytest.raises(ValueError, match="`micro_batches` must hold at least one batch, got none"):
-        optimizer.step(lambda tasks: {}, micro_batches=iter(()))
-    with pytest.raises(TypeError, match="`micro_batches` takes the place"):
-        optimizer.step(lambda tasks, x: {}, 1, micro_batches=[(1,)])
-
-
-@methods
-def test_micro_batches_average_each_task_by_its_own_count(method: str) -> None:
-    """A task labelled on 6, 0 and 2 samples is not diluted; another is bare on the second only."""
-    model, expected = Network(), Network()
-    expected.load_state_dict(model.state_dict())
-    (x, y), *_ = batches(1, size=12)
-    parts = [slice(0, 6), slice(6, 10), slice(10, 12)]
-    labelled = {"a": [6, 0, 2], "b": [6, 4, 2], "c": [0, 4, 0]}
-    everywhere = {
-        task: torch.cat([torch.arange(12)[p][:n] for p, n in zip(parts, counts, strict=True)])
-        for task, counts in labelled.items()
-    }
-
-    def square(m: Any, task: str, rows: Any) -> Any:
-        return ((m(x[rows], (task,))[task] - y[task][rows]) ** 2).mean()
-
-    def losses(tasks: Any, index: int) -> dict[str, Any]:
-        rows = torch.arange(12)[parts[index]]
-        counts = {t: labelled[t][index] for t in tasks}
-        return {t: (square(model, t, rows[:n]), n) if n else None for t, n in counts.items()}
-
-    optimizer, plain = MAKERS[method](model), MAKERS[method](expected)
-    for _ in range(3):
-        values = optimizer.step(losses, micro_batches=(i for i in range(3)))
-        whole = plain.step(lambda tasks: {t: square(expected, t, everywhere[t]) for t in tasks})
-        for task in TASKS:
-            torch.testing.assert_close(values[task], whole[task], rtol=1e-12, atol=0)
-    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
-
-
-@methods
-def test_a_group_is_one_objective_under_micro_batches_too(method: str) -> None:
-    """Its tasks keep their own counts: 4 and 2 for one, 0 and 2 for the other."""
-    groups = ["c", ("a", "b")]
-    model, expected = Network(), Network()
-    expected.load_state_dict(model.state_dict())
-    (x, y), *_ = batches(1, size=6)
-    rows: dict[str, Any] = {
-        "a": [slice(0, 4), slice(4, 6)],
-        "b": [None, slice(4, 6)],
-        "c": [slice(0, 4), None],
-    }
-    everywhere = {"a": slice(0, 6), "b": slice(4, 6), "c": slice(0, 4)}
-
-    def square(m: Any, task: str, part: slice) -> Any:
-        return ((m(x[part], (task,))[task] - y[task][part]) ** 2).mean()
-
-    def losses(tasks: Any, index: int) -> dict[str, Any]:
-        chosen = {t: rows[t][index] for t in tasks}
-        return {t: (square(model, t, r), r.stop - r.start) for t, r in chosen.items() if r}
-
-    optimizer, plain = MAKERS[method](model, groups), MAKERS[method](expected, groups)
-    for _ in range(3):
-        optimizer.step(losses, micro_batches=[0, 1])
-        plain.step(lambda tasks: {t: square(expected, t, everywhere[t]) for t in tasks})
-    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
-
-
-@methods
 def test_counts_may_come_as_numpy_and_tensor_integers(method: str) -> None:
     model = Network()
     losses = make_losses(model)
@@ -315,16 +246,6 @@ def test_a_parameter_listed_twice_has_one_gradient() -> None:
         optimizer.step(lambda tasks: {"a": w.sum()})
         results.append(w.item())
     assert results[0] == results[1] == pytest.approx(0.8)
-
-
-@methods
-def test_large_counts_do_not_overflow_half_precision(method: str) -> None:
-    """Counts of pixels beside a gradient scaler: they are taken relative to the first."""
-    w = torch.nn.Parameter(torch.tensor([0.5], dtype=torch.float16))
-    model: Any = torch.nn.ParameterList([w])
-    optimizer = MAKERS[method](model, ["a"])
-    optimizer.step(lambda tasks, n: {"a": ((w * w).sum(), n)}, micro_batches=[260_000, 130_000])
-    assert w.item() == pytest.approx(0.4, abs=1e-3)
 
 
 @pytest.mark.parametrize("method", ["joint", "pcgrad", "alternating", *INDEPENDENT])

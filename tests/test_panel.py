@@ -1,18 +1,253 @@
 """The parameter groups of IndependentOptimizer, the panel that every task's optimizer follows."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, lr_scheduler
 
 import mtlopt
 import reference
+from mtlopt import IndependentOptimizer
 from problems import TASKS, Network, assert_equal, batches, leaf, make_losses, snapshot
 from round_trips import COPIERS, by_file
+
+
+def make(model: Network, **keywords: Any) -> Any:
+    options = {"lr": 0.1} | keywords
+    return IndependentOptimizer(
+        options.pop("optimizer_class", Adam), model.parameters(), TASKS, **options
+    )
+
+
+def rates(optimizer: IndependentOptimizer, key: str = "lr") -> list[Any]:
+    return [own.param_groups[0][key] for own in optimizer.values()]
+
+
+def step(optimizer: IndependentOptimizer, model: Network) -> None:
+    optimizer.step(make_losses(model), *batches(1)[0])
+
+
+def by_hand(optimizer: Any, model: Network) -> None:
+    """The imperative form of a step."""
+    (x, y), *_ = batches(1)
+    for task, own in optimizer.items():
+        optimizer.zero_grad()
+        make_losses(model)((task,), x, y)[task].backward()
+        own.step()
+
+
+FORMS = pytest.mark.parametrize("form", [step, by_hand])
+
+
+@FORMS
+def test_an_option_set_in_the_panel_applies_to_every_tasks_next_update(form: Any) -> None:
+    model = Network()
+    optimizer = make(model)
+    used: list[float] = []
+    optimizer.register_step_pre_hook(lambda own, *_: used.append(own.param_groups[0]["lr"]))
+    form(optimizer, model)
+    optimizer.param_groups[0]["lr"] = 0.02
+    form(optimizer, model)
+    assert used == [0.1] * 3 + [0.02] * 3
+
+
+@FORMS
+def test_an_option_set_on_a_task_overrides_the_panel_until_it_is_reset(form: Any) -> None:
+    model = Network()
+    optimizer = make(model)
+    optimizer["b"].param_groups[0]["lr"] = 0.7
+    form(optimizer, model)
+    optimizer.param_groups[0]["lr"] = 0.02
+    optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+    form(optimizer, model)
+    assert rates(optimizer) == [0.02, 0.7, 0.02]
+    assert rates(optimizer, "betas") == [(0.5, 0.9)] * 3
+    optimizer.reset_overrides("b")
+    assert rates(optimizer) == [0.02] * 3
+    optimizer.param_groups[0]["lr"] = 0.01
+    form(optimizer, model)
+    assert rates(optimizer) == [0.01] * 3
+    with pytest.raises(KeyError, match="'d' is not among the tasks"):
+        optimizer.reset_overrides("d")
+
+
+@FORMS
+def test_a_scheduler_on_the_panel_moves_all_but_a_task_with_its_own(form: Any) -> None:
+    """Even while that scheduler leaves the learning rate unchanged."""
+    model = Network()
+    optimizer = make(model)
+    panel = lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    alone = lr_scheduler.StepLR(optimizer["c"], step_size=2, gamma=0.1)
+    seen = []
+    for _ in range(4):
+        form(optimizer, model)
+        seen.append(rates(optimizer))
+        panel.step()
+        alone.step()
+    assert [row[:2] for row in seen] == [[r] * 2 for r in (0.1, 0.05, 0.025, 0.0125)]
+    assert [row[2] for row in seen] == pytest.approx([0.1, 0.1, 0.01, 0.01], abs=1e-15)
+    assert "initial_lr" not in optimizer["a"].param_groups[0]
+
+
+def test_one_cycle_moves_the_momentum_of_every_task() -> None:
+    model = Network()
+    optimizer = make(model, optimizer_class=SGD, momentum=0.9)
+    twin = SGD(Network().parameters(), lr=0.1, momentum=0.9)
+    cycles = [lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=6) for o in (optimizer, twin)]
+    for _ in range(5):
+        step(optimizer, model)
+        group = twin.param_groups[0]
+        assert rates(optimizer) == [group["lr"]] * 3
+        assert rates(optimizer, "momentum") == [group["momentum"]] * 3
+        twin.step()
+        for cycle in cycles:
+            cycle.step()
+
+
+@FORMS
+def test_tensor_learning_rates_are_copied_and_follow_in_place_writes(form: Any) -> None:
+    model = Network()
+    rate = torch.tensor(0.1)
+    optimizer = make(model, lr=rate, foreach=False)
+    held = rates(optimizer)
+    assert len({id(r) for r in [rate, optimizer.param_groups[0]["lr"], *held]}) == 5
+    optimizer.param_groups[0]["lr"].fill_(0.03)
+    form(optimizer, model)
+    assert rates(optimizer) == [torch.tensor(0.03)] * 3
+    assert all(new is old for new, old in zip(rates(optimizer), held, strict=True))
+    optimizer["a"].param_groups[0]["lr"].fill_(0.5)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
+    form(optimizer, model)
+    assert rates(optimizer) == [torch.tensor(0.5), torch.tensor(0.01), torch.tensor(0.01)]
+
+
+@FORMS
+def test_schedulers_do_not_warn_of_the_order_of_calls(form: Any) -> None:
+    """On the panel, on a task, on a task that is absent from the first batch."""
+    model = Network()
+    optimizer = make(model)
+    schedulers = [lr_scheduler.ExponentialLR(o, 0.9) for o in (optimizer, optimizer["b"])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if form is by_hand:
+            form(optimizer, model)
+        else:
+            losses = make_losses(model)
+            optimizer.step(lambda t, *b: {} if "b" in t else losses(t, *b), *batches(1)[0])
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+def test_an_override_set_back_to_the_panels_value_ends() -> None:
+    """torch.distributed.checkpoint sets the learning rate to 0 and back, around a step."""
+    model = Network()
+    optimizer = make(model)
+    step(optimizer, model)
+    for value in (0.0, 0.1):
+        optimizer["b"].param_groups[0]["lr"] = value
+        by_hand(optimizer, model)
+    optimizer.param_groups[0]["lr"] = 0.2
+    by_hand(optimizer, model)
+    assert rates(optimizer) == [0.2, 0.2, 0.2]
+
+
+def test_overrides_and_rates_survive_a_state_dict() -> None:
+    model = Network()
+    optimizer = make(model)
+    optimizer["b"].param_groups[0]["lr"] = 0.7
+    optimizer.param_groups[0]["eps"] = 1e-3
+    saved = copy.deepcopy(optimizer.state_dict())
+    loaded = make(Network(), lr=5.0)
+    loaded.load_state_dict(saved)
+    assert rates(loaded) == [0.1, 0.7, 0.1]
+    assert rates(loaded, "eps") == [1e-3] * 3
+    loaded.param_groups[0]["lr"] = 0.2
+    by_hand(loaded, model := Network())
+    assert model is not None
+    assert rates(loaded) == [0.2, 0.7, 0.2]
+
+
+def test_a_new_group_is_added_to_every_task_and_an_invalid_one_to_none() -> None:
+    model = Network()
+    optimizer = make(model)
+    step(optimizer, model)
+    extra = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer.add_param_group({"params": (p for p in [extra]), "lr": 0.5})
+    assert [g["params"] for g in optimizer.param_groups[1:]] == [[extra]]
+    assert [own.param_groups[1]["lr"] for own in optimizer.values()] == [0.5] * 3
+    losses = make_losses(model)
+    optimizer.step(
+        lambda t, *b: {n: v + extra.sum() for n, v in losses(t, *b).items()}, *batches(1)[0]
+    )
+    assert all(extra in own.state for own in optimizer.values())
+    optimizer.param_groups[1]["lr"] = 0.25
+    step(optimizer, model)
+    assert [own.param_groups[1]["lr"] for own in optimizer.values()] == [0.25] * 3
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [extra]})
+    assert {len(o.param_groups) for o in (optimizer, *optimizer.values())} == {2}
+    optimizer["a"].add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    with pytest.raises(ValueError, match="2 parameter groups, got 3: add groups to the panel"):
+        step(optimizer, model)
+
+
+def test_an_initial_lr_in_the_panel_is_not_taken_for_a_tasks_scheduler() -> None:
+    """It comes with a plain optimizer's groups, a plain checkpoint, or torch's way to resume."""
+    model = Network()
+    plain = Adam(model.parameters(), lr=0.1)
+    lr_scheduler.StepLR(plain, 1)
+    resumed = IndependentOptimizer(Adam, plain.param_groups, TASKS)
+    lr_scheduler.StepLR(resumed, 1, last_epoch=3)
+    loaded = make(model)
+    loaded.load_state_dict(plain.state_dict())
+    grown = make(model)
+    extra = torch.nn.Parameter(torch.ones(1))
+    grown.add_param_group({"params": [extra], "lr": 0.1, "initial_lr": 0.1})
+    for optimizer in (resumed, loaded, grown):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.03
+        by_hand(optimizer, model)
+        for own in optimizer.values():
+            assert [group["lr"] for group in own.param_groups] == [0.03] * len(own.param_groups)
+
+
+def test_pending_changes_survive_a_new_group_and_a_change_of_mode() -> None:
+    model = Network()
+    optimizer = make(model)
+    optimizer.param_groups[0]["eps"] = 1e-3
+    optimizer["a"].param_groups[0]["lr"] = 0.5
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    optimizer["b"].param_groups[0]["lr"] = 0.6
+    optimizer.train()
+    optimizer["c"].param_groups[0]["lr"] = 0.7
+    optimizer.eval()
+    optimizer.param_groups[0]["lr"] = 0.2
+    step(optimizer, model)
+    assert rates(optimizer) == [0.5, 0.6, 0.7]
+    assert rates(optimizer, "eps") == [1e-3] * 3
+
+
+def test_a_group_that_fails_for_one_task_is_added_to_none() -> None:
+    calls = []
+
+    class Picky(Adam):
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            super().add_param_group(param_group)
+            calls.append(self)
+            if len(calls) == 5:
+                raise RuntimeError("no")
+
+    model = Network()
+    optimizer = make(model, optimizer_class=Picky)
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    assert {len(own.param_groups) for own in (optimizer, *optimizer.values())} == {1}
+    step(optimizer, model)
 
 
 def replace(model: Network, optimizers: Sequence[Any], how: str) -> None:

@@ -1,19 +1,18 @@
 """What every method promises as a `torch.optim.Optimizer`: state, hooks, schedulers, scaler."""
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.optim import SGD, Adam, AdamW, lr_scheduler
+from torch.optim import SGD, Adam, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mtlopt
 from all_methods import every_method, make
-from problems import TASKS, Network, assert_equal, batches, leaf, make_losses, snapshot
-from round_trips import by_file
+from problems import TASKS, Network, batches, leaf, make_losses, snapshot
+from round_trips import by_file, flat
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "joint": lambda m, t=TASKS, c=Adam, **k: mtlopt.JointOptimizer(
@@ -39,21 +38,7 @@ def train(optimizer: Any, model: Network, steps: int = 1) -> None:
 
 
 def saved(optimizer: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-def flat(value: Any) -> Any:
-    """Turns tensors into numbers, so that states can be compared with ==."""
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: flat(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [flat(item) for item in value]
-    return value
+    return by_file(optimizer.state_dict())
 
 
 @wrappers
@@ -321,126 +306,6 @@ def test_a_wrapper_takes_an_instance_of_a_plain_optimizer(method: str, wrong: An
     given = MAKERS[method](Network()) if wrong == "inner" else wrong
     with pytest.raises(TypeError, match="`optimizer` must be an instance of a plain"):
         wrap(given, TASKS)
-
-
-# Mixed precision.
-
-
-def scaler(scale: float = 1024.0) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
-
-
-@methods
-@pytest.mark.parametrize("optimizer_class", [Adam, SGD])
-def test_a_scaler_changes_nothing_without_an_overflow(method: str, optimizer_class: Any) -> None:
-    """The scale is a power of two, so even the rounding is the same."""
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
-    train(MAKERS[method](model, c=optimizer_class, scaler=scaler()), model, 5)
-    train(MAKERS[method](twin, c=optimizer_class), twin, 5)
-    assert_equal(snapshot(model), snapshot(twin))
-
-
-@methods
-@pytest.mark.parametrize("fused", [False, True])
-def test_an_overflow_skips_the_tasks_own_step_or_the_joint_one(method: str, fused: bool) -> None:
-    """The scale shrinks once a step, and is left alone by a step without any task."""
-    model: Any = Network()
-    amp = scaler()
-    optimizer = MAKERS[method](model, c=lambda p, **k: AdamW(p, fused=fused, **k), scaler=amp)
-    losses = make_losses(model)
-    (x, y), *_ = batches(1)
-    optimizer.step(losses, x, y)
-    start = snapshot(model)
-    state = flat(optimizer.state_dict()["state"] if method == "joint" else {})
-
-    def overflowing(tasks: Any) -> Any:
-        return {t: v * (1e308 if t == "b" else 1) for t, v in losses(tasks, x, y).items()}
-
-    optimizer.step(overflowing)
-    assert amp.get_scale() == 512
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
-    if method == "joint":
-        assert moved == set()
-        assert flat(optimizer.state_dict()["state"]) == state
-    else:
-        assert moved == set(start) - {"heads.b.weight"}
-        assert optimizer.diagnostics()["skipped"].tolist() == [False, True, False]
-    assert optimizer.step(lambda tasks: {}) == {}
-    assert amp.get_scale() == 512
-    optimizer.step(losses, x, y)
-    assert amp.get_scale() == 512
-    assert not torch.equal(model.heads["b"].weight, start["heads.b.weight"])
-
-
-@methods
-def test_a_step_goes_on_after_one_that_an_error_broke_off(method: str) -> None:
-    """The scaler is not left in the middle of an iteration."""
-    model = Network()
-    optimizer = MAKERS[method](model, scaler=scaler())
-    losses = make_losses(model)
-
-    def broken(tasks: Any, *batch: Any) -> Any:
-        if "b" in tasks:
-            raise RuntimeError("broken")
-        return losses(tasks, *batch)
-
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="broken"):
-            optimizer.step(broken, *batches(1)[0])
-        train(optimizer, model)
-
-
-def test_the_imperative_form_works_with_the_users_own_scaler() -> None:
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
-    amp, (x, y) = scaler(), batches(1)[0]
-    optimizer = MAKERS["independent"](model)
-    for task in TASKS:
-        optimizer.zero_grad()
-        amp.scale(make_losses(model)((task,), x, y)[task]).backward()
-        amp.step(optimizer[task])
-    amp.update()
-    train(MAKERS["independent"](twin), twin)
-    assert_equal(snapshot(model), snapshot(twin))
-
-    optimizer = MAKERS["joint"](model)
-    optimizer.zero_grad()
-    optimizer.backward({t: amp.scale(v) for t, v in make_losses(model)(TASKS, x, y).items()})
-    amp.unscale_(optimizer)
-    amp.step(optimizer)
-    amp.update()
-    train(MAKERS["joint"](twin), twin)
-    assert_equal(snapshot(model), snapshot(twin))
-
-
-@methods
-def test_the_scale_grows_once_a_step(method: str) -> None:
-    amp = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
-    model = Network()
-    optimizer = MAKERS[method](model, scaler=amp)
-    scales = []
-    for x, y in batches(8):
-        optimizer.step(make_losses(model), x, y)
-        scales.append(amp.get_scale())
-    assert scales == [1024.0] * 3 + [2048.0] * 4 + [4096.0]
-
-
-@methods
-def test_step_hooks_see_unscaled_gradients(method: str) -> None:
-    """Fused classes would unscale later, inside the step."""
-    norms: list[list[float]] = []
-    for amp in (None, scaler()):
-        torch.manual_seed(0)
-        model: Any = Network()
-        optimizer = MAKERS[method](model, c=lambda p, **k: AdamW(p, fused=True, **k), scaler=amp)
-        seen: list[float] = []
-        optimizer.register_step_pre_hook(
-            lambda *_, s=seen, m=model: s.append(m.trunk[0].weight.grad.norm().item())
-        )
-        train(optimizer, model)
-        norms.append(seen)
-    assert norms[0] == norms[1] != []
 
 
 @every_method
