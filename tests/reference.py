@@ -190,8 +190,9 @@ def scalarized(
 
 
 def step(optimizer: Optimizer, objective: Callable[[], Tensor]) -> Tensor:
-    """Takes a step of any class in `torch.optim`: line searches evaluate more than once."""
+    """Takes a step of any optimizer class: those with a line search evaluate more than once."""
 
+    @torch.enable_grad()  # Some classes call it without.
     def closure() -> Any:
         optimizer.zero_grad()
         value = objective()

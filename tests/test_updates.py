@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 
 import mtlopt
+import reference
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
 
 METHODS = (mtlopt.AlternatingOptimizer, mtlopt.IndependentOptimizer)
@@ -23,20 +24,17 @@ def trunk_of(model: Network) -> Tensor:
 
 
 def moves_by_hand(method: Any, model: Network, data: Any) -> list[Tensor]:
-    """A plain loop; what each task's step moves of the trunk, (T, n) for each step."""
-    common = Adam(model.parameters(), lr=0.01)
-    own = [Adam(model.parameters(), lr=0.01) for _ in TASKS]
+    """Returns how far each task's step moves the trunk in a plain loop: (T, n) for each step."""
+    plain = {task: Adam(model.parameters(), lr=0.01) for task in TASKS}
+    if method is mtlopt.AlternatingOptimizer:
+        plain = dict.fromkeys(TASKS, plain["a"])
     history = []
     for x, y in data:
-        rows = []
-        for k, task in enumerate(TASKS):
-            before = trunk_of(model)
-            stepping = own[k] if method is mtlopt.IndependentOptimizer else common
-            stepping.zero_grad()
-            make_losses(model)((task,), x, y)[task].backward()
-            stepping.step()
-            rows.append(trunk_of(model) - before)
-        history.append(torch.stack(rows))
+        places = [trunk_of(model)]
+        for task in TASKS:
+            reference.independent(plain, make_losses(model), [task], x, y)
+            places.append(trunk_of(model))
+        history.append(torch.stack(places).diff(dim=0))
     return history
 
 
