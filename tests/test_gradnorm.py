@@ -1,4 +1,4 @@
-"""GradNorm: a step by hand, autograd as the judge of its derivative, and who learns what."""
+"""GradNorm: steps by hand and by the reference, and what does not update its weights."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -10,18 +10,21 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import mtlopt
+import reference
 from all_methods import with_weights
 from gradnorm_toy import GradNormToy
 from mtlopt._balance import weight_gradients
 from problems import (
     TASKS,
     Network,
+    assert_close,
     assert_equal,
     batches,
     leaf,
     make_losses,
     snapshot,
     step_overflowing,
+    twins,
 )
 from round_trips import by_file
 
@@ -82,28 +85,48 @@ def test_the_derivative_is_autograds_with_constant_targets(alpha: float) -> None
 
 
 def test_the_networks_gradient_is_that_of_the_weighted_sum_to_the_last_bit() -> None:
-    """Heads weighted too; nothing of GradNorm's own loss leaks; weights of this step, not next."""
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
+    """With this step's weights, heads included; no gradient of GradNorm's own loss leaks in."""
+    model, twin = twins()
     optimizer = make(model)
     plain = torch.optim.Adam(twin.parameters(), lr=0.02)
     for x, y in batches(10):
-        weights = optimizer.diagnostics()["weights"].clone()
+        weights = dict(zip(TASKS, optimizer.diagnostics()["weights"].clone(), strict=True))
         optimizer.step(make_losses(model), x, y)
-        plain.zero_grad()
-        losses = make_losses(twin)(TASKS, x, y)
-        (weights[0] * losses["a"] + weights[1] * losses["b"] + weights[2] * losses["c"]).backward()
+        reference.joint(plain, make_losses(twin), TASKS, x, y, weights=weights)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert p.grad is not None
             assert q.grad is not None
             assert torch.equal(p.grad, q.grad)
-        plain.step()
     assert_equal(snapshot(model), snapshot(twin))
     assert (optimizer.diagnostics()["weights"] - 1).abs().min() > 1e-3
 
 
+def test_a_run_is_that_of_the_reference() -> None:
+    """Chen et al.'s Algorithm 1 by autograd, network and weights together."""
+    model, expected = twins()
+    optimizer = make(model)
+    plain = torch.optim.Adam(expected.parameters(), lr=0.02)
+    weights = {task: torch.ones((), requires_grad=True) for task in TASKS}
+    options: dict[str, Any] = {
+        "shared": list(expected.trunk[-2].parameters()),
+        "weights": weights,
+        "weight_optimizer": torch.optim.Adam(weights.values(), lr=0.025),
+        "initial": {},
+    }
+    for x, y in batches(10):
+        optimizer.step(make_losses(model), x, y)
+        reference.gradnorm(plain, make_losses(expected), TASKS, x, y, **options)
+        found = optimizer.diagnostics()["weights"]
+        # The weights are float32.
+        torch.testing.assert_close(
+            found, torch.stack([*weights.values()]).detach(), rtol=1e-5, atol=0
+        )
+    assert_close(model, expected, atol=1e-6)
+    assert (found - 1).abs().min() > 0.05
+
+
 def test_the_slower_task_gets_the_larger_target() -> None:
-    """Equal norms, unequal rates: alpha's sign decides, and a was public code's mistake."""
+    """With equal norms the sign of alpha decides; some public code has it inverted."""
     w, optimizer = scalar_problem(alpha=1.5, initial_losses={"a": 1.0, "b": 10.0})
     optimizer.step({"a": w**2, "b": w**2})
     weights = optimizer.diagnostics()["weights"].tolist()
@@ -145,7 +168,7 @@ def test_an_absent_tasks_weight_and_moments_stay_bit_equal() -> None:
     assert optimizer.diagnostics()["norms"].isnan().tolist() == [False, True, False]
 
 
-def test_the_initial_loss_is_that_of_the_tasks_first_step_and_is_saved() -> None:
+def test_the_initial_loss_is_that_of_the_first_step_with_the_task() -> None:
     model = Network()
     optimizer = make(model, initial_losses={"c": 7.0})
     first, second, third = batches(3)
@@ -177,8 +200,7 @@ def test_a_run_resumes_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("form", ["per-task", "micro-batches", "imperative", "scaler"])
 def test_every_form_takes_the_same_steps(form: str) -> None:
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
+    model, twin = twins()
     plain = make(twin)
     amp = torch.amp.GradScaler("cpu", init_scale=256.0)
     keywords: Any = {
@@ -226,7 +248,7 @@ def test_an_overflow_changes_no_weights_and_no_initial_loss(imperative: bool) ->
     assert amp.get_scale() == 512
 
 
-def test_scaled_losses_of_the_imperative_form_are_unscaled_beside_initial_ones() -> None:
+def test_scaled_losses_are_unscaled_before_they_are_compared_with_initial_ones() -> None:
     model = Network()
     amp = torch.amp.GradScaler("cpu", init_scale=256.0)
     optimizer = make(model, scaler=amp, initial_losses={"a": 7.0})
@@ -243,7 +265,7 @@ def test_scaled_losses_of_the_imperative_form_are_unscaled_beside_initial_ones()
 
 
 def test_the_norm_is_over_all_shared_parameters_at_once() -> None:
-    """Also where autograd's results share their memory, as p's and q's here."""
+    """Also where gradients share their memory, as those of p and q do here."""
     p, q = (torch.tensor([1.0, 1.0], requires_grad=True) for _ in range(2))
     optimizer = mtlopt.GradNorm(torch.optim.SGD([p, q], lr=0.1), ["a", "b"], [p, q])
     optimizer.zero_grad()

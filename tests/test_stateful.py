@@ -1,13 +1,11 @@
-"""Long random lives of an optimizer, beside plain loops written here.
+"""Random sequences of what users do to an optimizer, compared with plain loops after each action.
 
-Steps on some tasks or all, counts, micro-batches, overflows, steps left over, new groups, files,
-copies, schedules, overrides, frozen and replaced parameters come in any order, with empty groups
-and a second optimizer beside; after each the weights and the states are compared.
+Steps on some or all tasks, counts, micro-batches, overflows, leftover steps, new groups, files,
+copies, schedulers, overrides, frozen and replaced parameters come in any order, with empty groups
+and a second optimizer for the heads.
 """
 
 import copy
-import io
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -29,7 +27,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torchjd.scalarization import Sum
 
 import mtlopt
+import reference
 from problems import TASKS, Network, batches
+from round_trips import by_file, by_pickle
 
 Gradient: TypeAlias = list[Tensor | None]
 DATA = batches(6, size=3)
@@ -92,7 +92,7 @@ RATE = 0.05  # Of the plain gradient descent that has the heads, where a second 
 
 
 class Growing(Network):
-    """A network that vectors may join: added to the shared features, or to one task's output."""
+    """A network to which vectors can be added: to the shared features, or to one task's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def error(part: Part, task: str, output: Tensor) -> Tensor:
 
 
 class Plain:
-    """What a method does, by hand, with torch's optimizers."""
+    """Does what a method does in plain PyTorch, with torch's optimizers."""
 
     def __init__(
         self, method: str, name: str, model: Growing, groups: list[Any], heads_apart: bool
@@ -159,16 +159,16 @@ class Plain:
         self.panel = [{k: g[k] for k in keys} for g in self.optimizers[0].param_groups]
         self.overrides: dict[tuple[str, int, str], float] = {}
         self.generator = torch.Generator().manual_seed(0)
-        self.weights = [torch.ones(()) for _ in TASKS]
+        self.weights = [torch.ones((), requires_grad=True) for _ in TASKS]
         self.weights_adam = Adam(self.weights, lr=0.025)
-        self.first_losses: dict[str, float] = {}
+        self.first_losses: dict[str, Tensor] = {}
 
     def draw(self) -> list[int]:
         drawn: list[int] = torch.randperm(len(TASKS), generator=self.generator).tolist()
         return drawn
 
     def terms(self, tasks: Sequence[str], parts: Sequence[Part]) -> Iterator[dict[str, Tensor]]:
-        """Each part's share of the tasks' means over all samples, from one forward pass."""
+        """Yields each part's share of the tasks' means over all samples, from one forward pass."""
         totals = {t: sum(part.count(t) for part in parts) for t in tasks}
         for part in parts:
             outputs = self.model.outputs(part, tasks)
@@ -184,7 +184,7 @@ class Plain:
         parts: Sequence[Part],
         objectives: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> tuple[dict[str, Tensor], dict[str, Gradient]]:
-        """Returns the tasks' losses, and the gradients of what is made of them in each part."""
+        """Returns the tasks' losses, and the gradients of the objectives summed over the parts."""
         values: dict[str, Tensor] = {}
         gradients: dict[str, Gradient] = {}
         for terms in self.terms(tasks, parts):
@@ -251,7 +251,7 @@ class Plain:
         def weighted(terms: dict[str, Tensor]) -> dict[str, Tensor]:
             for t, term in terms.items():
                 slopes[t] = slopes.get(t, 0) + self.slope(term)
-            return total({t: self.weights[TASKS.index(t)] * term for t, term in terms.items()})
+            return total({t: self.weight(t) * term for t, term in terms.items()})
 
         if self.method == "pcgrad":
             values, gradient = self.differentiate(TASKS, parts)
@@ -265,11 +265,11 @@ class Plain:
             self.update("a", gradient["all"])
             if self.method == "gradnorm":
                 norms = {t: slopes[t].norm() for t in values}
-                self.balance({t: v.item() for t, v in values.items()}, norms)
+                self.balance(values, norms)
         return values
 
     def project(self, by_task: dict[str, Gradient], orders: list[list[int]]) -> Gradient:
-        """Algorithm 1 of PCGrad on vectors of the parameters that two present tasks reach."""
+        """Projects conflicts over the parameters that at least two present tasks share."""
         gradients = {TASKS.index(t): by_task[t] for t in TASKS if t in by_task}
         columns = list(zip(*gradients.values(), strict=True))
         reached = [sum(part is not None for part in column) for column in columns]
@@ -281,21 +281,15 @@ class Plain:
             pieces = [torch.zeros_like(p) if g is None else g for g, p in present]
             return torch.cat([torch.zeros(0), *(piece.flatten() for piece in pieces)])
 
-        vectors = {k: flat(gradient) for k, gradient in gradients.items()}
-        total = torch.zeros_like(next(iter(vectors.values())))
-        for k, vector in vectors.items():
-            own = vector.clone()
-            for j in orders[k]:
-                if j != k and j in vectors and own @ vectors[j] < 0:
-                    own -= (own @ vectors[j]) / (vectors[j] @ vectors[j]) * vectors[j]
-            total += own
+        place = {k: i for i, k in enumerate(gradients)}
+        present = [[place[j] for j in orders[k] if j in place] for k in place]
+        total = reference.project_conflicts([flat(g) for g in gradients.values()], present)
         if self.variant == "mean":
-            total /= len(vectors)
+            total /= len(gradients)
         result = [next((g for g in column if g is not None), None) for column in columns]
-        for i, piece in zip(
-            shared, total.split([parameters[i].numel() for i in shared]), strict=True
-        ):
-            result[i] = piece.view_as(parameters[i])
+        pieces = reference.split(total, [parameters[i] for i in shared])
+        for i, piece in zip(shared, pieces, strict=True):
+            result[i] = piece
         return result
 
     def slope(self, objective: Tensor) -> Tensor:
@@ -303,25 +297,19 @@ class Plain:
         (own,) = torch.autograd.grad(objective, shared, retain_graph=True)
         return own
 
-    def balance(self, losses: dict[str, float], norms: dict[str, Tensor]) -> None:
-        """Algorithm 1 of GradNorm, differentiated by autograd."""
-        index = [TASKS.index(t) for t in losses]
+    def weight(self, task: str) -> Tensor:
+        return self.weights[TASKS.index(task)].detach()
+
+    def balance(self, losses: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
         for task, loss in losses.items():
             self.first_losses.setdefault(task, loss)
-        ratios = torch.tensor([loss / self.first_losses[t] for t, loss in losses.items()])
-        leaf = torch.stack([self.weights[k] for k in index]).requires_grad_()
-        weighted = leaf * torch.stack(list(norms.values())).float()
-        target = weighted.mean() * (ratios / ratios.mean()) ** 1.5
-        (weighted - target.detach()).abs().sum().backward()
-        self.weights_adam.zero_grad()
-        assert leaf.grad is not None
-        for k, slope in zip(index, leaf.grad, strict=True):
-            self.weights[k].grad = slope
-        self.weights_adam.step()
-        moved = [self.weights[k].clamp(min=1e-3) for k in index]
-        factor = leaf.detach().sum() / torch.stack(moved).sum()
-        for k, weight in zip(index, moved, strict=True):
-            self.weights[k].copy_(weight * factor)
+        reference.update_weights(
+            [self.weights[TASKS.index(task)] for task in losses],
+            self.weights_adam,
+            list(norms.values()),
+            [loss / self.first_losses[task] for task, loss in losses.items()],
+            alpha=1.5,
+        )
 
 
 def total(terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -329,19 +317,15 @@ def total(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"all": sum(values[1:], values[0])} if values else {}
 
 
-def by_pickle(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))
-
-
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {k: torch.as_tensor(v).detach().clone() for k, v in state.items() if v is not None}
 
 
-class Life(RuleBasedStateMachine):
-    """One optimizer's life, from its construction."""
+class Session(RuleBasedStateMachine):
+    """Takes one optimizer through a random sequence of actions."""
 
     @initialize(
-        # Those with a panel oftener: they have the most to remember.
+        # Those with a panel more often: they keep the most state.
         method=st.sampled_from((*METHODS, *(n for n in METHODS if n.startswith("independent")))),
         name=st.sampled_from(list(CLASSES)),
         apart=st.booleans(),
@@ -356,7 +340,7 @@ class Life(RuleBasedStateMachine):
         self.schedulable = False
         self.applied = ""
         self.heads_apart = beside.endswith("heads")
-        # Powers of two are exact; growing would take longer than a life.
+        # Powers of two are exact; the scale would grow only after more steps than these.
         self.scaler = (
             torch.amp.GradScaler("cpu", init_scale=2.0**40) if beside == "a scaler" else None
         )
@@ -407,7 +391,7 @@ class Life(RuleBasedStateMachine):
         )
 
     def fresh_rate(self) -> float:
-        """A number that was not there before: what is set again to its value is no change."""
+        """Returns a new number: setting an option to its present value is no change."""
         self.serial += 1
         return 0.004 + 0.0007 * self.serial
 
@@ -434,7 +418,7 @@ class Life(RuleBasedStateMachine):
 
     def take_by_hand(self, part: Part) -> None:
         scale = (lambda loss: loss) if self.scaler is None else self.scaler.scale
-        # The model's, where it clears no more than the optimizer's: half the time.
+        # Half the time the model clears, where that is the same.
         by_model = part.batch % 2 and not self.heads_apart
         clear = self.model.zero_grad if by_model else self.optimizer.zero_grad
         self.applied = ""
@@ -494,7 +478,7 @@ class Life(RuleBasedStateMachine):
         self.schedulable |= form != "imperative" or (bool(expected) and not lost)
 
     def belongings(self, tasks: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-        """What must stay as it is while these tasks are absent."""
+        """Returns what must not change while these tasks are absent."""
         found: dict[str, dict[str, Tensor]] = {}
         adam = self.optimizer.state_dict()["mtlopt"].get("weights_adam", {"state": {}})["state"]
         for task in tasks:
@@ -517,7 +501,7 @@ class Life(RuleBasedStateMachine):
         return list(self.optimizer.values()) if self.independent else [self.optimizer.base]
 
     def compare(self, tolerance: float = 0.0) -> None:
-        """Compares weights and states; then takes them over, so that rounding does not add up."""
+        """Compares weights and states; then copies them, so that rounding does not accumulate."""
         pairs = list(zip(self.model.parameters(), self.plain.model.parameters(), strict=True))
         for own, plain in zip(self.inner(), self.plain.optimizers, strict=True):
             # States of parameters that were replaced may go at the next update.
@@ -540,9 +524,10 @@ class Life(RuleBasedStateMachine):
         if self.method == "gradnorm":
             # Loss weights are float32.
             weights = self.optimizer.diagnostics()["weights"]
-            torch.testing.assert_close(weights, torch.stack(self.plain.weights), rtol=1e-5, atol=0)
+            expected_weights = torch.stack([self.plain.weight(t) for t in TASKS])
+            torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=0)
             for mine, weight in zip(self.plain.weights, weights, strict=True):
-                mine.copy_(weight)
+                mine.data.copy_(weight)
 
     def step_on(self, part: Part, form: str) -> None:
         before = self.belongings(TASKS)
@@ -553,7 +538,7 @@ class Life(RuleBasedStateMachine):
 
     @contextmanager
     def second_optimizer(self) -> Iterator[None]:
-        """The user's other optimizer, around a step."""
+        """Lets the user's second optimizer step around a step."""
         if self.heads_apart:
             self.model.heads.zero_grad()
         yield
@@ -580,7 +565,7 @@ class Life(RuleBasedStateMachine):
     @rule(several=st.lists(parts, min_size=2, max_size=3))
     def step_on_micro_batches(self, several: list[Part]) -> None:
         if self.heads_apart:
-            # Whom nobody asks cannot be given the mean where the counts differ.
+            # With unequal counts the second optimizer's gradients cannot be right.
             several = [part._replace(labels=ALL) for part in several]
         before = self.belongings(TASKS)
         with self.second_optimizer():
@@ -591,7 +576,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.applied)
     @rule(by_scaler=st.booleans())
     def step_once_more(self, by_scaler: bool) -> None:
-        """What is left over from a plain loop; that nothing moves is asserted after every rule."""
+        """Takes a leftover step; that nothing moves is asserted after every rule."""
         # Without a gradient a scaler raises; an absent task has cleared that of the task before.
         given = any(p.grad is not None for g in self.optimizer.param_groups for p in g["params"])
         if by_scaler and given and self.scaler is not None and self.applied == "a gradient":
@@ -600,7 +585,7 @@ class Life(RuleBasedStateMachine):
         else:
             self.optimizer.step()
 
-    # What happens between steps.
+    # Between steps.
 
     @precondition(lambda self: len(self.groups) < 6)
     @rule(where=st.sampled_from(("shared", *TASKS)), own_rate=st.booleans())
@@ -619,10 +604,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def go_on_from_a_file(self) -> None:
-        file = io.BytesIO()
-        torch.save((self.optimizer.state_dict(), self.scheduler.state_dict()), file)
-        file.seek(0)
-        state, schedule = torch.load(file, weights_only=True)
+        state, schedule = by_file((self.optimizer.state_dict(), self.scheduler.state_dict()))
         self.applied = ""
         self.optimizer = self.construct(lr=9.0, weight_decay=0.5)
         self.scheduler = self.schedule()
@@ -699,7 +681,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def freeze_or_thaw(self, data: st.DataObject) -> None:
-        """All but one parameter, so that every loss has a gradient."""
+        """Changes any parameter but one, so that every loss has a gradient."""
         names = [name for name, _ in self.model.named_parameters() if name != "trunk.2.weight"]
         name = data.draw(st.sampled_from(names))
         for model in (self.model, self.plain.model):
@@ -715,8 +697,8 @@ class Life(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-def test_a_method_is_its_plain_loop_whatever_happens_in_between() -> None:
-    """What one feature leaves behind, another may trip over; no list of cases finds that."""
+def test_a_method_is_its_plain_loop_whatever_happens_between_steps() -> None:
+    """Features may break one another in sequences that no list of cases contains."""
     run_state_machine_as_test(
-        Life, settings=settings(max_examples=200, stateful_step_count=20, deadline=None)
+        Session, settings=settings(max_examples=200, stateful_step_count=20, deadline=None)
     )
