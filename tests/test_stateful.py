@@ -8,7 +8,7 @@ and a second optimizer for the heads.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import pytest
 import torch
@@ -22,25 +22,16 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch import Tensor
+from torch.optim import Optimizer
 from torchjd.scalarization import Sum
 
 import mtlopt
-import reference
-from problems import TASKS, Network, batches
+from plain_methods import ABSENT, CLASSES, Growing, Part, Plain, error
+from problems import TASKS
 from round_trips import by_file, by_pickle
 
-Gradient: TypeAlias = list[Tensor | None]
-DATA = batches(6, size=3)
 GAMMA = 0.9
-# With a large `eps` a gradient of nearly zero does not magnify the rounding of another order.
-CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "SGD": (SGD, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01}),
-    "Adam": (Adam, {"lr": 0.01, "eps": 1e-4}),
-    "AdamW": (AdamW, {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.1}),
-    "RMSprop": (RMSprop, {"lr": 0.01, "eps": 1e-4, "momentum": 0.5}),
-}
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "joint": (mtlopt.JointOptimizer, {}),
     "joint, per task": (mtlopt.JointOptimizer, {"forwards": "per-task"}),
@@ -55,28 +46,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "scalarized": (mtlopt.Scalarized, {"scalarizer": Sum()}),
     "scalarized, per task": (mtlopt.Scalarized, {"scalarizer": Sum(), "forwards": "per-task"}),
 }
-ABSENT = ("left out", "none", 0)
 labels = st.sampled_from((*ABSENT, "bare", 1, 2, 3))
 forms = st.sampled_from(("function", "function", "ready", "imperative"))
-
-
-class Part(NamedTuple):
-    """A batch, and for each task how its loss comes: absent in one of three ways, or counted.
-
-    `losses` may freeze a matrix, or thaw it, and a task's loss may be too large once it is scaled.
-    """
-
-    batch: int
-    labels: Mapping[str, Any]
-    frozen: bool | None = None
-    lost: str | None = None
-
-    def count_of(self, tasks: Sequence[str]) -> int:
-        return sum(self.count(task) for task in tasks)
-
-    def count(self, task: str) -> int:
-        label = self.labels[task]
-        return 0 if label in ABSENT else 1 if label == "bare" else label
 
 
 ALL = dict.fromkeys(TASKS, "bare")
@@ -87,234 +58,6 @@ parts = st.builds(
     st.sampled_from((None, None, False, True)),
     st.none(),
 )
-HUGE = 1e308
-RATE = 0.05  # Of the plain gradient descent that has the heads, where a second optimizer has them.
-
-
-class Growing(Network):
-    """A network to which vectors can be added: to the shared features, or to one task's output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.extras = nn.ParameterDict()
-
-    def grow(self, where: str, value: Tensor) -> nn.Parameter:
-        parameter = nn.Parameter(value.clone())
-        self.extras[f"{where}{len(self.extras)}"] = parameter
-        return parameter
-
-    def forward(self, x: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-        features = sum(self._extras("shared"), self.trunk(x))
-        return {t: sum(self._extras(t), self.heads[t](features)) for t in tasks}
-
-    def own(self, task: str) -> list[nn.Parameter]:
-        return [*self.heads[task].parameters(), *self._extras(task)]
-
-    def outputs(self, part: Part, tasks: Sequence[str]) -> dict[str, Tensor]:
-        if part.frozen is not None:
-            self.trunk[0].weight.requires_grad_(not part.frozen)
-        found: dict[str, Tensor] = self(DATA[part.batch][0], tasks)
-        return found
-
-    def replace(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Puts a new parameter in the place of one, and returns both."""
-        module, _, attribute = name.rpartition(".")
-        old = self.get_parameter(name)
-        new = nn.Parameter(old.detach() * 0.5, requires_grad=old.requires_grad)
-        setattr(self.get_submodule(module), attribute, new)
-        return old, new
-
-    def descend(self) -> None:
-        """The step of the second optimizer, which has the heads."""
-        with torch.no_grad():
-            for parameter in self.heads.parameters():
-                if parameter.grad is not None:
-                    parameter.sub_(RATE * parameter.grad)
-
-    def _extras(self, where: str) -> list[nn.Parameter]:
-        return [p for name, p in self.extras.items() if name.rstrip("0123456789") == where]
-
-
-def error(part: Part, task: str, output: Tensor) -> Tensor:
-    target = DATA[part.batch][1][task]
-    loss = {"a": 1.0, "b": 3.0, "c": 0.2}[task] * ((output - target) ** 2).mean()
-    return loss * HUGE if part.lost == task else loss
-
-
-class Plain:
-    """Does what a method does in plain PyTorch, with torch's optimizers."""
-
-    def __init__(
-        self, method: str, name: str, model: Growing, groups: list[Any], heads_apart: bool
-    ) -> None:
-        self.method, _, self.variant = method.partition(", ")
-        self.model = model
-        self.heads_apart = heads_apart
-        count = len(TASKS) if self.method == "independent" else 1
-        optimizer_class, options = CLASSES[name]
-        self.optimizers: list[Optimizer] = [
-            optimizer_class([dict(group) for group in groups], **options) for _ in range(count)
-        ]
-        keys = ("lr", "weight_decay")
-        self.panel = [{k: g[k] for k in keys} for g in self.optimizers[0].param_groups]
-        self.overrides: dict[tuple[str, int, str], float] = {}
-        self.generator = torch.Generator().manual_seed(0)
-        self.weights = [torch.ones((), requires_grad=True) for _ in TASKS]
-        self.weights_adam = Adam(self.weights, lr=0.025)
-        self.first_losses: dict[str, Tensor] = {}
-
-    def draw(self) -> list[int]:
-        drawn: list[int] = torch.randperm(len(TASKS), generator=self.generator).tolist()
-        return drawn
-
-    def terms(self, tasks: Sequence[str], parts: Sequence[Part]) -> Iterator[dict[str, Tensor]]:
-        """Yields each part's share of the tasks' means over all samples, from one forward pass."""
-        totals = {t: sum(part.count(t) for part in parts) for t in tasks}
-        for part in parts:
-            outputs = self.model.outputs(part, tasks)
-            yield {
-                t: part.count(t) / totals[t] * error(part, t, outputs[t])
-                for t in tasks
-                if part.count(t)
-            }
-
-    def differentiate(
-        self,
-        tasks: Sequence[str],
-        parts: Sequence[Part],
-        objectives: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-    ) -> tuple[dict[str, Tensor], dict[str, Gradient]]:
-        """Returns the tasks' losses, and the gradients of the objectives summed over the parts."""
-        values: dict[str, Tensor] = {}
-        gradients: dict[str, Gradient] = {}
-        for terms in self.terms(tasks, parts):
-            for t, term in terms.items():
-                values[t] = values[t] + term.detach() if t in values else term.detach()
-            for key, objective in objectives(terms).items():
-                self.model.zero_grad()
-                objective.backward(retain_graph=True)
-                new = [p.grad for p in self.model.parameters()]
-                old = gradients.get(key, [None] * len(new))
-                gradients[key] = [
-                    b if a is None else a if b is None else a + b
-                    for a, b in zip(old, new, strict=True)
-                ]
-        return {t: values[t] for t in tasks if t in values}, gradients
-
-    def update(self, task: str, gradient: Gradient) -> None:
-        """One step of the task's optimizer, with the panel's numbers but for the task's own."""
-        own = self.optimizers[TASKS.index(task) % len(self.optimizers)]
-        for g, (group, panel) in enumerate(zip(own.param_groups, self.panel, strict=True)):
-            group.update({k: self.overrides.get((task, g, k), v) for k, v in panel.items()})
-        for parameter, part in zip(self.model.parameters(), gradient, strict=True):
-            parameter.grad = part
-        own.step()
-        if self.heads_apart:
-            heads = {id(p) for p in self.model.heads.parameters()}
-            for parameter, part in zip(self.model.parameters(), gradient, strict=True):
-                if id(parameter) in heads and part is not None:
-                    self.descents.append((parameter, RATE * part))
-
-    def step(self, parts: Sequence[Part], form: str) -> dict[str, Tensor]:
-        """Takes a step; then the second optimizer, if there is one, takes its own."""
-        self.descents: list[tuple[Tensor, Tensor]] = []
-        values = self.steps(parts, form)
-        with torch.no_grad():
-            for parameter, part in self.descents:
-                parameter.sub_(part)
-        return values
-
-    def steps(self, parts: Sequence[Part], form: str) -> dict[str, Tensor]:
-        lost = {part.lost for part in parts}
-        if self.method == "alternating" or (
-            self.method == "independent"
-            and (self.variant != "simultaneous" or form == "imperative")
-        ):
-            shuffled = self.variant == "shuffled" and form != "imperative"
-            values: dict[str, Tensor] = {}
-            for task in [TASKS[k] for k in (self.draw() if shuffled else range(len(TASKS)))]:
-                value, gradient = self.differentiate((task,), parts)
-                values |= value
-                if value and task not in lost:
-                    self.update(task, gradient[task])
-            return values
-        if self.method == "independent":
-            values, gradient = self.differentiate(TASKS, parts)
-            for task in [task for task in values if task not in lost]:
-                self.update(task, gradient[task])
-            return values
-        return self.one_step(parts, bool(lost - {None}))
-
-    def one_step(self, parts: Sequence[Part], lost: bool) -> dict[str, Tensor]:
-        slopes: dict[str, Tensor] = {}
-
-        def weighted(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-            for t, term in terms.items():
-                slopes[t] = slopes.get(t, 0) + self.slope(term)
-            return total({t: self.weight(t) * term for t, term in terms.items()})
-
-        if self.method == "pcgrad":
-            values, gradient = self.differentiate(TASKS, parts)
-            orders = [self.draw() for _ in TASKS]
-            if values:
-                gradient = {"all": self.project(gradient, orders)}
-        else:
-            objectives = weighted if self.method == "gradnorm" else total
-            values, gradient = self.differentiate(TASKS, parts, objectives)
-        if values and not lost:
-            self.update("a", gradient["all"])
-            if self.method == "gradnorm":
-                norms = {t: slopes[t].norm() for t in values}
-                self.balance(values, norms)
-        return values
-
-    def project(self, by_task: dict[str, Gradient], orders: list[list[int]]) -> Gradient:
-        """Projects conflicts over the parameters that at least two present tasks share."""
-        gradients = {TASKS.index(t): by_task[t] for t in TASKS if t in by_task}
-        columns = list(zip(*gradients.values(), strict=True))
-        reached = [sum(part is not None for part in column) for column in columns]
-        shared = [i for i, number in enumerate(reached) if number > 1]
-        parameters = list(self.model.parameters())
-
-        def flat(gradient: Gradient) -> Tensor:
-            present = [(gradient[i], parameters[i]) for i in shared]
-            pieces = [torch.zeros_like(p) if g is None else g for g, p in present]
-            return torch.cat([torch.zeros(0), *(piece.flatten() for piece in pieces)])
-
-        place = {k: i for i, k in enumerate(gradients)}
-        present = [[place[j] for j in orders[k] if j in place] for k in place]
-        total = reference.project_conflicts([flat(g) for g in gradients.values()], present)
-        if self.variant == "mean":
-            total /= len(gradients)
-        result = [next((g for g in column if g is not None), None) for column in columns]
-        pieces = reference.split(total, [parameters[i] for i in shared])
-        for i, piece in zip(shared, pieces, strict=True):
-            result[i] = piece
-        return result
-
-    def slope(self, objective: Tensor) -> Tensor:
-        shared = list(self.model.trunk[2].parameters())
-        (own,) = torch.autograd.grad(objective, shared, retain_graph=True)
-        return own
-
-    def weight(self, task: str) -> Tensor:
-        return self.weights[TASKS.index(task)].detach()
-
-    def balance(self, losses: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
-        for task, loss in losses.items():
-            self.first_losses.setdefault(task, loss)
-        reference.update_weights(
-            [self.weights[TASKS.index(task)] for task in losses],
-            self.weights_adam,
-            list(norms.values()),
-            [loss / self.first_losses[task] for task, loss in losses.items()],
-            alpha=1.5,
-        )
-
-
-def total(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    values = list(terms.values())
-    return {"all": sum(values[1:], values[0])} if values else {}
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -328,32 +71,32 @@ class Session(RuleBasedStateMachine):
         # Those with a panel more often: they keep the most state.
         method=st.sampled_from((*METHODS, *(n for n in METHODS if n.startswith("independent")))),
         name=st.sampled_from(list(CLASSES)),
-        apart=st.booleans(),
+        two_groups=st.booleans(),
         empty=st.booleans(),
-        beside=st.sampled_from(("nothing", "a scaler", "an optimizer of the heads")),
+        extra=st.sampled_from(("nothing", "a scaler", "an optimizer of the heads")),
     )
-    def build(self, method: str, name: str, apart: bool, empty: bool, beside: str) -> None:
+    def build(self, method: str, name: str, two_groups: bool, empty: bool, extra: str) -> None:
         torch.manual_seed(3)
         self.method, self.name = method, name
         self.model = Growing()
         self.serial = 0
         self.schedulable = False
         self.applied = ""
-        self.heads_apart = beside.endswith("heads")
+        self.separate_heads = extra.endswith("heads")
         # Powers of two are exact; the scale would grow only after more steps than these.
         self.scaler = (
-            torch.amp.GradScaler("cpu", init_scale=2.0**40) if beside == "a scaler" else None
+            torch.amp.GradScaler("cpu", init_scale=2.0**40) if extra == "a scaler" else None
         )
         trunk, heads = (
             [name for name, _ in self.model.named_parameters() if name.startswith(where)]
             for where in ("trunk", "heads")
         )
-        halves = [trunk[:1], trunk[1:]] if self.heads_apart else [trunk, heads]
-        self.groups = halves if apart else [halves[0] + halves[1]]
+        halves = [trunk[:1], trunk[1:]] if self.separate_heads else [trunk, heads]
+        self.groups = halves if two_groups else [halves[0] + halves[1]]
         if empty:
             self.groups = [[], *self.groups]
         expected = copy.deepcopy(self.model)
-        self.plain = Plain(method, name, expected, self.grouped(expected), self.heads_apart)
+        self.plain = Plain(method, name, expected, self.grouped(expected), self.separate_heads)
         self.optimizer = self.construct()
         self.scheduler = self.schedule()
 
@@ -419,7 +162,7 @@ class Session(RuleBasedStateMachine):
     def take_by_hand(self, part: Part) -> None:
         scale = (lambda loss: loss) if self.scaler is None else self.scaler.scale
         # Half the time the model clears, where that is the same.
-        by_model = part.batch % 2 and not self.heads_apart
+        by_model = part.batch % 2 and not self.separate_heads
         clear = self.model.zero_grad if by_model else self.optimizer.zero_grad
         self.applied = ""
         steps = []
@@ -539,10 +282,10 @@ class Session(RuleBasedStateMachine):
     @contextmanager
     def second_optimizer(self) -> Iterator[None]:
         """Lets the user's second optimizer step around a step."""
-        if self.heads_apart:
+        if self.separate_heads:
             self.model.heads.zero_grad()
         yield
-        if self.heads_apart:
+        if self.separate_heads:
             self.model.descend()
 
     @rule(batch=st.integers(0, 5), form=forms)
@@ -564,7 +307,7 @@ class Session(RuleBasedStateMachine):
 
     @rule(several=st.lists(parts, min_size=2, max_size=3))
     def step_on_micro_batches(self, several: list[Part]) -> None:
-        if self.heads_apart:
+        if self.separate_heads:
             # With unequal counts the second optimizer's gradients cannot be right.
             several = [part._replace(labels=ALL) for part in several]
         before = self.belongings(TASKS)
