@@ -1,4 +1,4 @@
-"""What goes wrong where a loop is ported, and what its author is told."""
+"""Errors and warnings for mistakes that are made when a training loop is ported."""
 
 import re
 import warnings
@@ -36,8 +36,8 @@ def plain_backward(model: Network, scaler: torch.amp.GradScaler | None = None) -
 
 @combining
 @pytest.mark.parametrize("form", ["step", "scaler", "closure"])
-def test_a_gradient_that_was_not_combined_is_warned_of_once(method: str, form: str) -> None:
-    """Or PCGrad trains as the plain sum, and nobody knows: Lightning's automatic optimization."""
+def test_a_gradient_that_was_not_combined_warns_once(method: str, form: str) -> None:
+    """Otherwise PCGrad would train on the plain sum, as with Lightning's automatic optimization."""
     model = Network()
     optimizer = METHODS[method](model)
     scaler = torch.amp.GradScaler("cpu")
@@ -64,7 +64,7 @@ def test_a_gradient_that_was_not_combined_is_warned_of_once(method: str, form: s
 
 @combining
 @pytest.mark.parametrize("before", ["cleared", "stepped", "stepped on losses"])
-def test_a_combined_gradient_excuses_no_later_one(method: str, before: str) -> None:
+def test_a_plain_gradient_after_a_combined_one_warns(method: str, before: str) -> None:
     model = Network()
     optimizer = METHODS[method](model)
     x, y = batches(1)[0]
@@ -84,8 +84,8 @@ def test_a_combined_gradient_excuses_no_later_one(method: str, before: str) -> N
 
 
 @combining
-def test_gradients_of_zero_are_nobodys(method: str) -> None:
-    """Torch's own functions step on them, to make the state that a checkpoint is loaded into."""
+def test_gradients_of_zero_do_not_warn(method: str) -> None:
+    """Torch steps on zeros to create the state that a distributed checkpoint is loaded into."""
     model = Network()
     optimizer = METHODS[method](model)
     for parameter in model.parameters():
@@ -94,7 +94,7 @@ def test_gradients_of_zero_are_nobodys(method: str) -> None:
 
 
 @combining
-def test_gradients_of_backward_are_applied_without_a_warning(method: str) -> None:
+def test_gradients_of_backward_do_not_warn(method: str) -> None:
     model = Network()
     optimizer = METHODS[method](model)
     for x, y in batches(2):
@@ -112,15 +112,15 @@ def test_gradients_of_backward_are_applied_without_a_warning(method: str) -> Non
     optimizer.step(closure=closure)
 
 
-def test_the_unweighted_sum_may_come_from_anywhere() -> None:
+def test_the_unweighted_sum_may_come_from_a_plain_backward() -> None:
     model = Network()
     optimizer = mtlopt.JointOptimizer(SGD(model.parameters(), lr=0.1), TASKS)
     plain_backward(model)
     optimizer.step()
 
 
-def test_a_plain_state_of_another_release_is_taken() -> None:
-    """It lacks an option that has been added since, and a scheduler has left something."""
+def test_a_plain_state_of_another_torch_release_loads() -> None:
+    """It lacks a newer option, and a scheduler has left `initial_lr` in it."""
     model = Network()
     state = Adam(model.parameters(), lr=0.2).state_dict()
     del state["param_groups"][0]["fused"]
@@ -133,7 +133,7 @@ def test_a_plain_state_of_another_release_is_taken() -> None:
 @pytest.mark.parametrize("method", ["independent", "pcgrad"])
 @pytest.mark.parametrize("other", [SGD, torch.optim.RMSprop, torch.optim.Adagrad])
 def test_a_plain_state_of_another_class_is_refused(method: str, other: Any) -> None:
-    """Torch would take it, and miss the hyper-parameters in the next step."""
+    """Torch would load it, and fail in the next step for lack of hyper-parameters."""
     model = Network()
     if method == "independent":
         optimizer: Any = mtlopt.IndependentOptimizer(Adam, model.parameters(), TASKS, lr=0.1)
@@ -145,14 +145,14 @@ def test_a_plain_state_of_another_class_is_refused(method: str, other: Any) -> N
     optimizer.step(make_losses(model), *batches(1)[0])
 
 
-def test_a_state_of_another_method_is_named_so() -> None:
+def test_a_state_of_another_method_is_refused() -> None:
     model = Network()
     state = METHODS["weighted"](model).state_dict()
     with pytest.raises(ValueError, match="same method: PCGrad, got JointOptimizer"):
         METHODS["pcgrad"](model).load_state_dict(state)
 
 
-def test_features_from_outside_the_function_are_an_error_that_says_where_they_belong() -> None:
+def test_a_forward_pass_outside_losses_is_an_error_that_says_where_it_belongs() -> None:
     model = Network()
     optimizer = mtlopt.IndependentOptimizer(SGD, model.parameters(), TASKS, lr=0.1)
     x, y = batches(1)[0]
@@ -243,7 +243,7 @@ def test_a_wrong_argument_is_an_error_that_names_it(mistake: str) -> None:
         call()
 
 
-def test_a_closure_from_a_framework_says_what_the_framework_must_leave_alone() -> None:
+def test_a_frameworks_closure_is_an_error_that_asks_for_manual_optimization() -> None:
     model = Network()
     optimizer = mtlopt.IndependentOptimizer(SGD, model.parameters(), TASKS, lr=0.1)
     before = snapshot(model)

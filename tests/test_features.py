@@ -62,7 +62,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
 
 
-def test_pcgrad_at_the_features_is_the_loop_by_hand() -> None:
+def test_pcgrad_projects_the_gradients_of_the_features() -> None:
     model, expected = twins()
     optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk, seed=5)
     plain, generator = adam(expected), torch.Generator().manual_seed(5)
@@ -100,7 +100,7 @@ def gramian_aggregators() -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("name", gramian_aggregators())
-def test_an_aggregators_coefficients_are_those_of_the_stacked_gradients(name: str) -> None:
+def test_an_aggregator_of_the_gramian_gets_that_of_the_features(name: str) -> None:
     """The aggregator itself, on the (T, n) matrix of gradients with respect to z."""
     model, expected = twins()
     make = gramian_aggregators()[name]
@@ -121,7 +121,7 @@ def test_an_aggregators_coefficients_are_those_of_the_stacked_gradients(name: st
     assert_close(model, expected, atol=1e-7)
 
 
-def test_an_aggregator_of_whole_rows_gets_the_stacked_gradients() -> None:
+def test_an_aggregator_of_the_matrix_gets_that_of_the_features() -> None:
     model, expected = twins()
     optimizer = mtlopt.Aggregated(
         adam(model), TASKS, aggregation.TrimmedMean(1), features=model.trunk
@@ -164,8 +164,8 @@ def test_gradnorm_takes_its_norms_over_the_features() -> None:
 
 
 @pytest.mark.parametrize("tasks", [("a",), TASKS])
-def test_where_nothing_conflicts_it_is_the_plain_sum(tasks: Any) -> None:
-    """To the last bit with one task; with several the additions have another order."""
+def test_without_conflicts_the_step_is_that_of_the_sum(tasks: Any) -> None:
+    """To the last bit with one task; with several, additions come in another order."""
     model, expected = twins()
     optimizer = mtlopt.PCGrad(adam(model), tasks, features=model.trunk)
     plain = adam(expected)
@@ -185,7 +185,7 @@ def test_where_nothing_conflicts_it_is_the_plain_sum(tasks: Any) -> None:
 
 
 def test_absent_tasks_and_counts_are_as_without_features() -> None:
-    """One linear layer as trunk: feature space and parameter space agree in who takes part."""
+    """Counts of 0 and None are absent here too."""
     model = Network()
     optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk)
     losses = make_losses(model)
@@ -204,7 +204,7 @@ def test_absent_tasks_and_counts_are_as_without_features() -> None:
     assert optimizer.step(lambda tasks: losses(tasks, x, y) and {}) == {}
 
 
-def test_micro_batches_are_combined_one_by_one_and_averaged() -> None:
+def test_micro_batches_are_combined_separately_and_averaged() -> None:
     model, expected = twins()
     optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk, seed=2)
     plain, generator = adam(expected), torch.Generator().manual_seed(2)
@@ -231,7 +231,7 @@ def test_micro_batches_are_combined_one_by_one_and_averaged() -> None:
     assert_equal(snapshot(model), before)
 
 
-def test_a_scaler_scales_it_all_and_an_overflow_skips_the_step() -> None:
+def test_a_scaler_changes_nothing_and_an_overflow_skips_the_step() -> None:
     model, expected = twins()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk, scaler=scaler)
@@ -247,7 +247,7 @@ def test_a_scaler_scales_it_all_and_an_overflow_skips_the_step() -> None:
     assert scaler.get_scale() == 512
 
 
-def test_what_cannot_work_is_refused_by_name() -> None:
+def test_what_cannot_work_with_features_is_refused() -> None:
     model = Network()
     losses = make_losses(model)
     (x, y), *_ = batches(1)

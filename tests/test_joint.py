@@ -1,4 +1,4 @@
-"""JointOptimizer: weights, and the imperative form that replaces `.backward()`."""
+"""JointOptimizer: weights, closures, and the imperative form."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +45,7 @@ def test_weights_must_name_known_tasks() -> None:
 
 
 def test_backward_adds_to_the_gradients_and_step_applies_them_as_torch_does() -> None:
-    """Accumulation in torch's way: two halves, one step."""
+    """Accumulation as in torch: two halves, one step."""
     model, twin = twins()
     optimizer = make(model)
     plain = torch.optim.Adam(twin.parameters(), lr=0.1)
@@ -125,7 +125,7 @@ def test_a_line_search_sees_the_weighted_objective() -> None:
     assert_equal(snapshot(model), snapshot(twin))
 
 
-def test_ready_losses_have_one_forward_whatever_is_asked() -> None:
+def test_ready_losses_override_forwards_per_task() -> None:
     model, twin = twins()
     (x, y), *_ = batches(1)
     make(model, forwards="per-task").step(make_losses(model)(TASKS, x, y))
@@ -133,7 +133,7 @@ def test_ready_losses_have_one_forward_whatever_is_asked() -> None:
     assert_equal(snapshot(model), snapshot(twin))
 
 
-def test_a_network_frozen_altogether_is_told_so() -> None:
+def test_a_completely_frozen_network_is_an_error() -> None:
     model = Network()
     optimizer = make(model)
     for p in model.parameters():
@@ -143,7 +143,7 @@ def test_a_network_frozen_altogether_is_told_so() -> None:
 
 
 def test_weights_may_be_set_between_steps() -> None:
-    """So a rule that learns or draws weights takes three lines of the loop."""
+    """So a rule that learns or draws weights takes three lines in the loop."""
     model, twin = twins()
     optimizer = make(model)
     optimizer.weights["b"] = 0.25
@@ -155,7 +155,7 @@ def test_weights_may_be_set_between_steps() -> None:
     assert list(optimizer.step(make_losses(model), x, y)) == list(TASKS)
 
 
-def test_a_tensor_is_a_weight_that_may_change() -> None:
+def test_a_weight_may_be_a_tensor_that_changes() -> None:
     model, twin = twins()
     weight = torch.tensor(0.5, dtype=torch.float64)
     optimizer = make(model, weights={"b": weight})

@@ -135,7 +135,7 @@ def test_parameters_of_a_second_optimizer_get_the_full_batchs_gradient(
 
 @every_method
 def test_unequal_counts_warn_once_where_a_second_optimizer_has_parameters(method: str) -> None:
-    """The counts are known only when gradients that mtlopt does not hold have been added up."""
+    """The gradients of parameters it does not own are added up before mtlopt knows the counts."""
     model = Network()
     optimizer = make(method, model.trunk.parameters(), shared=model.trunk[2].weight)
     losses = with_counts(make_losses(model))

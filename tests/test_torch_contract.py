@@ -1,4 +1,4 @@
-"""What every method promises as a `torch.optim.Optimizer`: state, hooks, schedulers, scaler."""
+"""What every method promises as a `torch.optim.Optimizer`: state, hooks, schedulers."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def saved(optimizer: Any) -> Any:
 
 
 @wrappers
-def test_a_wrapper_shows_its_bases_groups_and_state_also_after_either_loads(method: str) -> None:
+def test_a_wrapper_shares_groups_and_state_with_its_base_after_either_loads(method: str) -> None:
     model = Network()
     optimizer = MAKERS[method](model)
     train(optimizer, model)
@@ -57,7 +57,7 @@ def test_a_wrapper_shows_its_bases_groups_and_state_also_after_either_loads(meth
 
 
 @wrappers
-def test_a_wrappers_state_dict_is_torchs_own_and_one_entry_more(method: str) -> None:
+def test_a_wrappers_state_dict_is_torchs_plus_one_entry(method: str) -> None:
     model = Network()
     optimizer = MAKERS[method](model)
     train(optimizer, model)
@@ -67,7 +67,7 @@ def test_a_wrappers_state_dict_is_torchs_own_and_one_entry_more(method: str) -> 
     assert flat({"state": state["state"], "param_groups": state["param_groups"]}) == flat(own)
 
 
-def test_an_independent_state_dict_lists_the_tasks_own_in_order() -> None:
+def test_an_independent_state_dict_lists_the_tasks_states_in_order() -> None:
     model = Network()
     optimizer = MAKERS["independent"](model)
     train(optimizer, model)
@@ -131,7 +131,7 @@ def test_a_foreign_state_is_refused_and_changes_nothing(method: str, case: str) 
     assert flat(optimizer.state_dict()) == before
 
 
-def test_a_load_that_fails_at_the_last_task_leaves_the_first_as_they_were() -> None:
+def test_a_load_that_fails_at_the_last_task_changes_no_other() -> None:
     model = Network()
     optimizer = MAKERS["independent"](model)
     train(optimizer, model, 2)
@@ -145,7 +145,7 @@ def test_a_load_that_fails_at_the_last_task_leaves_the_first_as_they_were() -> N
 
 
 @methods
-def test_a_plain_optimizers_state_loads_into_every_optimizer_inside(method: str) -> None:
+def test_a_plain_optimizers_state_loads_into_every_tasks_optimizer(method: str) -> None:
     model = Network()
     plain = Adam(model.parameters(), lr=0.3)
     sum(make_losses(model)(TASKS, *batches(1)[0]).values()).backward()  # type: ignore[union-attr]  # not 0
@@ -176,7 +176,7 @@ def test_state_dict_hooks_fire_as_in_torch(method: str) -> None:
 
 @methods
 def test_step_hooks_fire_around_each_update_with_its_gradient(method: str) -> None:
-    """Joint kind once a step, the others once per present task; the updating optimizer first."""
+    """Once a step, or once per present task; their first argument is the updating optimizer."""
     model = Network()
     optimizer = MAKERS[method](model)
     joint = method == "joint"
@@ -233,7 +233,7 @@ def test_global_hooks_of_torch_see_each_update_once(method: str) -> None:
 
 @methods
 def test_clipping_in_a_pre_hook_bounds_what_the_update_uses(method: str) -> None:
-    """Per task for the sequential methods, of the sum for the joint one."""
+    """Of each task's gradient in sequential methods, of the sum in the joint one."""
     model, twin = Network(), Network()
     twin.load_state_dict(model.state_dict())
     optimizer = MAKERS[method](model, c=SGD)
@@ -278,8 +278,8 @@ def test_schedulers_move_every_group_without_a_warning(method: str, reduce: bool
 
 
 @methods
-def test_state_moves_between_devices_but_for_the_generators(method: str) -> None:
-    """`map_location` moves every tensor, and a generator's state must stay on the CPU."""
+def test_a_generators_state_stays_on_the_cpu(method: str) -> None:
+    """`map_location` moves every tensor of a checkpoint, and generators do not load that."""
     if method == "joint":
         pytest.skip("draws nothing")
     optimizer = MAKERS[method](Network(), order="shuffled")
@@ -287,7 +287,7 @@ def test_state_moves_between_devices_but_for_the_generators(method: str) -> None
     assert torch.equal(state["mtlopt"]["generator"], optimizer.generator.get_state())
 
     class Elsewhere(torch.Tensor):
-        """Stands for a tensor on a device, which has to be brought back."""
+        """Simulates a tensor on a device, which has to be copied back."""
 
         def cpu(self) -> Any:  # type: ignore[override]  # one form is enough here
             return torch.Tensor.cpu(self).as_subclass(torch.Tensor)
