@@ -9,18 +9,13 @@ from torch import nn
 from torch.optim import SGD
 
 import mtlopt
+import reference
 from mtlopt import JointOptimizer
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, twins
 
 
 def make(model: Network, **keywords: Any) -> JointOptimizer:
     return JointOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), TASKS, **keywords)
-
-
-def twins() -> tuple[Network, Network]:
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
-    return model, twin
 
 
 @pytest.mark.parametrize("forwards", ["joint", "per-task"])
@@ -108,20 +103,13 @@ def test_a_line_search_sees_the_weighted_objective() -> None:
     """Bit for bit the plain loop's on the weighted sum; another value would mislead the search."""
     model, twin = twins()
     options: Any = {"max_iter": 5, "line_search_fn": "strong_wolfe"}
+    weights = {"a": 1.0, "b": 20.0, "c": 0.5}
     base = torch.optim.LBFGS(model.parameters(), **options)
-    optimizer = JointOptimizer(base, TASKS, weights={"a": 1.0, "b": 20.0, "c": 0.5})
+    optimizer = JointOptimizer(base, TASKS, weights)
     plain = torch.optim.LBFGS(twin.parameters(), **options)
     for x, y in batches(3):
-
-        def closure() -> Any:
-            plain.zero_grad()
-            losses = make_losses(twin)(TASKS, x, y)
-            total = losses["a"] + losses["b"] * 20.0 + losses["c"] * 0.5
-            total.backward()
-            return total
-
         optimizer.step(make_losses(model), x, y)
-        plain.step(closure)
+        reference.joint(plain, make_losses(twin), TASKS, x, y, weights=weights)
     assert_equal(snapshot(model), snapshot(twin))
 
 

@@ -14,7 +14,17 @@ from torch.optim import Adam
 import mtlopt
 import reference
 from all_methods import INDEPENDENT, make, make_for
-from problems import TASKS, Network, assert_equal, batches, leaf, make_losses, no_warnings, snapshot
+from problems import (
+    TASKS,
+    Network,
+    assert_equal,
+    batches,
+    leaf,
+    make_losses,
+    no_warnings,
+    snapshot,
+    twins,
+)
 
 
 def sgd(model: Network) -> torch.optim.Optimizer:
@@ -171,8 +181,7 @@ def test_step_clears_old_gradients_and_leaves_the_last_one(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["joint", "simultaneous"])
 def test_one_forward_serves_all_tasks_and_ready_losses_say_the_same(method: str) -> None:
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
+    model, twin = twins()
     optimizer, ready = MAKERS[method](model), MAKERS[method](twin)
     asked = []
 

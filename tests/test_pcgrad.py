@@ -17,7 +17,7 @@ import mtlopt
 import reference
 from mtlopt._gradients import combine, gram
 from mtlopt._pcgrad import project_conflicts
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, twins
 
 
 def project(gradients: list[Tensor], orders: Any) -> Tensor:
@@ -214,8 +214,7 @@ def test_the_mean_is_over_the_present_tasks() -> None:
 
 def test_with_one_task_present_the_step_is_plain() -> None:
     """Absent tasks count for nothing, in the mean too; the head of the present one trains."""
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
+    model, twin = twins()
     optimizer, plain = make(model, reduction="mean"), torch.optim.Adam(twin.parameters(), lr=0.05)
     for x, y in batches(3):
         optimizer.step(lambda ts, x, y: {"b": make_losses(model)("b", x, y)["b"]}, x, y)

@@ -20,7 +20,16 @@ from torchjd.scalarization import DWA, FAMO, UW, Scalarizer
 
 import mtlopt
 import reference
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, step_overflowing
+from problems import (
+    TASKS,
+    Network,
+    assert_equal,
+    batches,
+    make_losses,
+    snapshot,
+    step_overflowing,
+    twins,
+)
 from spawned import start
 
 WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
@@ -173,8 +182,7 @@ def test_the_package_exports_what_is_tested_here() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rule_is_its_loop_by_hand(name: str, forwards: Any) -> None:
     """Eight steps, and so four of DWA's epochs."""
-    expected, model = Network(), Network()
-    model.load_state_dict(expected.state_dict())
+    expected, model = twins()
     data = batches(8)
     by_hand = train_by_hand(name, expected, data)
     optimizer = make(model, make_rule(name), forwards=forwards)
@@ -220,8 +228,7 @@ def rows(x: Tensor, y: dict[str, Tensor], start: int, stop: int) -> tuple[Tensor
 @pytest.mark.parametrize("name", NAMES)
 def test_over_micro_batches_the_rule_sees_the_averages(name: str) -> None:
     """Of unequal counts; the step is the one on the whole batch."""
-    whole, model = Network(), Network()
-    model.load_state_dict(whole.state_dict())
+    whole, model = twins()
     optimizers = make(whole, make_rule(name)), make(model, make_rule(name))
     for step, (x, y) in enumerate(batches(6)):
         parts = [rows(x, y, 0, 1), rows(x, y, 1, 4), rows(x, y, 4, 6)]
@@ -400,8 +407,7 @@ def test_a_scaler_changes_nothing_but_the_steps_that_overflow(name: str, imperat
     """The rule sees losses without the scale, which is a power of two; and keeps its state."""
     if imperative and name == "FAMO":
         pytest.skip("takes no ready losses")
-    plain, model = Network(), Network()
-    model.load_state_dict(plain.state_dict())
+    plain, model = twins()
     amp = torch.amp.GradScaler("cpu", init_scale=1024.0)
     reference, optimizer = make(plain, make_rule(name)), make(model, make_rule(name), scaler=amp)
     for step, (x, y) in enumerate(batches(5)):

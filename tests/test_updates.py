@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam
 
 import mtlopt
 import reference
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, twins
 
 METHODS = (mtlopt.AlternatingOptimizer, mtlopt.IndependentOptimizer)
 
@@ -41,8 +41,7 @@ def moves_by_hand(method: Any, model: Network, data: Any) -> list[Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_figures_are_those_of_the_moves_of_the_trunk(method: Any) -> None:
     """And the heads, which one task alone reaches, have no part in them."""
-    model, plain = Network(), Network()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins()
     data = batches(4)
     optimizer = make(method, model)
     assert optimizer.diagnostics() == {}
@@ -176,8 +175,7 @@ def test_adam_with_simultaneous_steps_is_adatask() -> None:
     From the gradients at one point w, the update is minus lr times the sum over the tasks k of
     m_k / (1 - b1^t) over sqrt(v_k / (1 - b2^t)) + eps; a head has plain Adam.
     """
-    model, expected = Network(), Network()
-    expected.load_state_dict(model.state_dict())
+    model, expected = twins()
     optimizer = mtlopt.IndependentOptimizer(
         Adam(model.parameters(), lr=0.01), TASKS, schedule="simultaneous"
     )
