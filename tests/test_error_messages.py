@@ -1,17 +1,19 @@
-"""What goes wrong where a loop is ported, and what its author is told."""
+"""Errors and warnings for mistakes that are made when a training loop is ported."""
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.optim import SGD, Adam
 
 import mtlopt
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+from all_methods import ONE_STEP, WRAPPERS, every_method, make_for, wrapper
+from problems import TASKS, Network, assert_equal, batches, leaf, make_losses, snapshot
 
 METHODS: dict[str, Callable[..., Any]] = {
     "pcgrad": lambda m, **k: mtlopt.PCGrad(SGD(m.parameters(), lr=0.1), TASKS, **k),
@@ -34,8 +36,8 @@ def plain_backward(model: Network, scaler: torch.amp.GradScaler | None = None) -
 
 @combining
 @pytest.mark.parametrize("form", ["step", "scaler", "closure"])
-def test_a_gradient_that_was_not_combined_is_warned_of_once(method: str, form: str) -> None:
-    """Or PCGrad trains as the plain sum, and nobody knows: Lightning's automatic optimization."""
+def test_a_gradient_that_was_not_combined_warns_once(method: str, form: str) -> None:
+    """Otherwise PCGrad would train on the plain sum, as with Lightning's automatic optimization."""
     model = Network()
     optimizer = METHODS[method](model)
     scaler = torch.amp.GradScaler("cpu")
@@ -62,7 +64,7 @@ def test_a_gradient_that_was_not_combined_is_warned_of_once(method: str, form: s
 
 @combining
 @pytest.mark.parametrize("before", ["cleared", "stepped", "stepped on losses"])
-def test_a_combined_gradient_excuses_no_later_one(method: str, before: str) -> None:
+def test_a_plain_gradient_after_a_combined_one_warns(method: str, before: str) -> None:
     model = Network()
     optimizer = METHODS[method](model)
     x, y = batches(1)[0]
@@ -82,8 +84,8 @@ def test_a_combined_gradient_excuses_no_later_one(method: str, before: str) -> N
 
 
 @combining
-def test_gradients_of_zero_are_nobodys(method: str) -> None:
-    """Torch's own functions step on them, to make the state that a checkpoint is loaded into."""
+def test_gradients_of_zero_do_not_warn(method: str) -> None:
+    """Torch steps on zeros to create the state that a distributed checkpoint is loaded into."""
     model = Network()
     optimizer = METHODS[method](model)
     for parameter in model.parameters():
@@ -92,7 +94,7 @@ def test_gradients_of_zero_are_nobodys(method: str) -> None:
 
 
 @combining
-def test_gradients_of_backward_are_applied_without_a_warning(method: str) -> None:
+def test_gradients_of_backward_do_not_warn(method: str) -> None:
     model = Network()
     optimizer = METHODS[method](model)
     for x, y in batches(2):
@@ -110,15 +112,15 @@ def test_gradients_of_backward_are_applied_without_a_warning(method: str) -> Non
     optimizer.step(closure=closure)
 
 
-def test_the_unweighted_sum_may_come_from_anywhere() -> None:
+def test_the_unweighted_sum_may_come_from_a_plain_backward() -> None:
     model = Network()
     optimizer = mtlopt.JointOptimizer(SGD(model.parameters(), lr=0.1), TASKS)
     plain_backward(model)
     optimizer.step()
 
 
-def test_a_plain_state_of_another_release_is_taken() -> None:
-    """It lacks an option that has been added since, and a scheduler has left something."""
+def test_a_plain_state_of_another_torch_release_loads() -> None:
+    """It lacks a newer option, and a scheduler has left `initial_lr` in it."""
     model = Network()
     state = Adam(model.parameters(), lr=0.2).state_dict()
     del state["param_groups"][0]["fused"]
@@ -131,7 +133,7 @@ def test_a_plain_state_of_another_release_is_taken() -> None:
 @pytest.mark.parametrize("method", ["independent", "pcgrad"])
 @pytest.mark.parametrize("other", [SGD, torch.optim.RMSprop, torch.optim.Adagrad])
 def test_a_plain_state_of_another_class_is_refused(method: str, other: Any) -> None:
-    """Torch would take it, and miss the hyper-parameters in the next step."""
+    """Torch would load it, and fail in the next step for lack of hyper-parameters."""
     model = Network()
     if method == "independent":
         optimizer: Any = mtlopt.IndependentOptimizer(Adam, model.parameters(), TASKS, lr=0.1)
@@ -143,14 +145,14 @@ def test_a_plain_state_of_another_class_is_refused(method: str, other: Any) -> N
     optimizer.step(make_losses(model), *batches(1)[0])
 
 
-def test_a_state_of_another_method_is_named_so() -> None:
+def test_a_state_of_another_method_is_refused() -> None:
     model = Network()
     state = METHODS["weighted"](model).state_dict()
     with pytest.raises(ValueError, match="same method: PCGrad, got JointOptimizer"):
         METHODS["pcgrad"](model).load_state_dict(state)
 
 
-def test_features_from_outside_the_function_are_an_error_that_says_where_they_belong() -> None:
+def test_a_forward_pass_outside_losses_is_an_error_that_says_where_it_belongs() -> None:
     model = Network()
     optimizer = mtlopt.IndependentOptimizer(SGD, model.parameters(), TASKS, lr=0.1)
     x, y = batches(1)[0]
@@ -241,7 +243,7 @@ def test_a_wrong_argument_is_an_error_that_names_it(mistake: str) -> None:
         call()
 
 
-def test_a_closure_from_a_framework_says_what_the_framework_must_leave_alone() -> None:
+def test_a_frameworks_closure_is_an_error_that_asks_for_manual_optimization() -> None:
     model = Network()
     optimizer = mtlopt.IndependentOptimizer(SGD, model.parameters(), TASKS, lr=0.1)
     before = snapshot(model)
@@ -332,3 +334,88 @@ def test_a_typical_mistake_ends_in_the_line_to_write(mistake: Callable[[], Any],
     kinds = (AttributeError, RuntimeError, TypeError, UserWarning, ValueError)
     with pytest.raises(kinds, match=re.escape(line)):
         mistake()
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1}])
+@pytest.mark.parametrize("method", WRAPPERS)
+def test_a_class_for_an_instance_is_an_error_that_asks_for_an_instance(
+    method: str, options: dict[str, Any]
+) -> None:
+    """IndependentOptimizer takes a class, so swapping methods in one line leads here."""
+    model = Network()
+    classes: dict[str, Any] = {"gradnorm": mtlopt.GradNorm, "aggregated": mtlopt.Aggregated}
+    call = classes.get(method) or wrapper(method)
+    with pytest.raises(TypeError, match=r"(?i)pass an instance") as caught:
+        call(Adam, model.parameters(), TASKS, **options)
+    assert "Adam" in str(caught.value)
+
+
+def test_weights_for_independent_optimizers_are_refused() -> None:
+    """A class that divides by the gradient's size, such as Adam, would ignore them."""
+    with pytest.raises(TypeError, match="`weights`"):
+        mtlopt.IndependentOptimizer(Adam, [leaf(1.0)], ["a", "b"], lr=0.1, weights={"a": 2.0})
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@every_method
+def test_a_list_of_losses_is_an_error_that_shows_the_mapping(method: str, kind: Any) -> None:
+    model = Network()
+    optimizer = make_for(model, method)
+    losses, (x, y) = make_losses(model), batches(1)[0]
+    before = snapshot(model)
+    told = pytest.raises(TypeError, match=re.escape("dict(zip(tasks, losses))"))
+    with told:
+        optimizer.step(lambda tasks: kind(losses(tasks, x, y).values()))
+    if method in (*ONE_STEP, "simultaneous"):
+        with pytest.raises(TypeError, match=re.escape("dict(zip(tasks, losses))")):
+            optimizer.step(kind(losses(TASKS, x, y).values()))
+    if method in ONE_STEP:
+        with pytest.raises(TypeError, match=re.escape("dict(zip(tasks, losses))")):
+            optimizer.backward(kind(losses(TASKS, x, y).values()))
+    assert_equal(snapshot(model), before)
+
+
+@every_method
+def test_a_batch_by_keyword_is_an_error_that_asks_for_positions(method: str) -> None:
+    model = Network()
+    optimizer = make_for(model, method)
+    x, y = batches(1)[0]
+    with pytest.raises(TypeError, match=r"position|losses\(tasks, \*batch\)"):
+        optimizer.step(make_losses(model), x=x, y=y)
+
+
+@every_method
+def test_nesting_methods_is_a_short_error(method: str) -> None:
+    """The optimizer's repr, which lists all its groups, would fill the screen."""
+    model = Network()
+    inner = make_for(model, method)
+    for outer in WRAPPERS:
+        call = wrapper(outer, model.trunk[2].weight)
+        with pytest.raises(TypeError, match=type(inner).__name__) as caught:
+            call(inner, TASKS)
+        assert len(str(caught.value)) < 300
+        assert "Parameter Group" not in str(caught.value)
+
+
+@every_method
+def test_an_unknown_task_is_an_error_that_lists_both_sets(method: str) -> None:
+    model = Network()
+    optimizer = make_for(model, method)
+    losses, (x, y) = make_losses(model), batches(1)[0]
+    before = snapshot(model)
+
+    def misspelt(tasks: Sequence[str]) -> dict[str, Tensor]:
+        return {{"a": "disk"}.get(t, t): v for t, v in losses(TASKS, x, y).items()}
+
+    with pytest.raises(ValueError, match="'disk'") as caught:
+        optimizer.step(misspelt)
+    for name in TASKS:
+        assert repr(name) in str(caught.value)
+    assert_equal(snapshot(model), before)
+
+
+def test_the_refusal_of_ready_losses_names_the_schedule_that_takes_them() -> None:
+    w = leaf(1.0)
+    optimizer = mtlopt.IndependentOptimizer(SGD, [w], ["a", "b"], lr=0.1)
+    with pytest.raises(TypeError, match=r"schedule=.simultaneous"):
+        optimizer.step({"a": w.sum(), "b": w.sum()})

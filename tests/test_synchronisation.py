@@ -1,4 +1,4 @@
-"""No step waits for a device more often than its method must."""
+"""No step synchronises with the device more often than its method requires."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 from torchjd import aggregation, scalarization
 
 import mtlopt
-from far import FarTensor, send, traffic
+from fake_device import DeviceTensor, send, traffic
 from problems import TASKS, batches, make_losses, snapshot
 
 
@@ -73,7 +74,7 @@ METHODS: dict[str, Make] = {
     "stch": scalarized(lambda: scalarization.STCH(0.1)),
 }
 TO_HOST = {"pcgrad": 1, "gradnorm": 1, "upgrad": 1, "mgda": 1}
-"""Copies of a step; none of the other methods. ConFIG works on the matrix, on the device."""
+"""Copies per step, where there are any. ConFIG works on the whole matrix, on the device."""
 
 SCALARIZED = ("dwa", "stch")
 
@@ -100,7 +101,7 @@ def train(
 def run(
     method: str, features: bool = False, make: dict[str, Any] | None = None, **options: Any
 ) -> list[tuple[int, int]]:
-    """Trains on the device, and on the host to compare."""
+    """Trains on the device, and compares with training on the host."""
     model, twin = Levels(), Levels()
     twin.load_state_dict(model.state_dict())
     common, own = make or {}, {"features": twin.trunk} if features else {}
@@ -110,7 +111,7 @@ def run(
         own = {"features": model.trunk} if features else {}
         passed = train(
             method,
-            FarTensor,
+            DeviceTensor,
             model,
             common | own,
             lambda: (len(seen.to_host), len(seen.to_device)),
@@ -118,16 +119,16 @@ def run(
         )
         weights: dict[str, Any] = dict(snapshot(model))
     for name, weight in snapshot(twin).items():
-        torch.testing.assert_close(weights[name].near, weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(weights[name].host, weight, rtol=0, atol=1e-5)
     return passed
 
 
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_copies_to_the_host_once_or_never(method: str, foreach: bool) -> None:
-    """Once for the coefficients that a rule works out there; nothing waits on the way back.
+    """Once for the coefficients that a rule computes on the host; nothing waits on the way back.
 
-    At the first step a scalarizer is asked whether it is finite.
+    At the first step the value of a scalarizer is checked to be finite.
     """
     usual = (TO_HOST.get(method, 0), 0)
     first = (1, 0) if method in SCALARIZED else usual
@@ -135,19 +136,19 @@ def test_a_step_copies_to_the_host_once_or_never(method: str, foreach: bool) -> 
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "upgrad", "mean"])
-def test_so_does_one_that_combines_at_the_features(method: str) -> None:
+def test_a_step_at_the_features_copies_to_the_host_once_or_never(method: str) -> None:
     assert run(method, features=True) == [(TO_HOST.get(method, 0), 0)] * 3
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_asking_for_finite_losses_copies_once_a_task(method: str) -> None:
-    """So the docstrings say; and the count does see a step that waits."""
+def test_check_finite_copies_once_per_task(method: str) -> None:
+    """As documented; and the count does see a step that synchronises."""
     expected = TO_HOST.get(method, 0) + len(TASKS) + (method in SCALARIZED)
     assert [host for host, _ in run(method, make={"check_finite": True})] == [expected] * 3
 
 
 @pytest.mark.parametrize("method", ["alternating", "independent"])
-def test_another_order_or_schedule_copies_nothing_either(method: str) -> None:
+def test_orders_and_schedules_copy_nothing(method: str) -> None:
     assert run(method, make={"per_step": 2}) == [(0, 0)] * 3
     assert run(method, make={"order": "shuffled"}) == [(0, 0)] * 3
     if method == "independent":
@@ -155,16 +156,30 @@ def test_another_order_or_schedule_copies_nothing_either(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["alternating", "independent"])
-def test_a_record_of_the_updates_copies_their_products_once(method: str) -> None:
+def test_recording_updates_copies_their_products_once(method: str) -> None:
     assert run(method, make={"record": "updates"}) == [(1, 0)] * 3
 
 
-def test_tensors_of_the_host_and_of_the_device_do_not_mix() -> None:
+def test_the_simulated_device_refuses_tensors_of_the_host() -> None:
     with traffic() as seen:
-        far = FarTensor(torch.ones(2))
+        tensor = DeviceTensor(torch.ones(2))
         with pytest.raises(RuntimeError, match="same device"):
-            far + torch.ones(2)
-        assert (far * 2 + torch.tensor(1.0)).tolist() == [3.0, 3.0]
+            tensor + torch.ones(2)
+        assert (tensor * 2 + torch.tensor(1.0)).tolist() == [3.0, 3.0]
         assert (len(seen.to_host), len(seen.to_device)) == (1, 0)
-        assert torch.tensor([1.0], device=far.device).item() == 1.0
+        assert torch.tensor([1.0], device=tensor.device).item() == 1.0
     assert (len(seen.to_host), len(seen.to_device)) == (2, 1)
+
+
+@pytest.mark.parametrize("micro", [False, True])
+def test_tensor_weights_are_not_read_by_the_host(micro: bool) -> None:
+    with traffic() as seen:
+        w = nn.Parameter(DeviceTensor(torch.ones(1)))
+        weights: Any = {"a": DeviceTensor(torch.tensor(2.0)), "b": DeviceTensor(torch.tensor(1.0))}
+        optimizer = mtlopt.JointOptimizer(SGD([w], lr=0.1), ["a", "b"], weights)
+        optimizer.step(
+            lambda tasks: {task: w.sum() for task in tasks},
+            micro_batches=[(), ()] if micro else None,
+        )
+        assert seen.to_host == []
+        assert w.tolist() == pytest.approx([0.7])
