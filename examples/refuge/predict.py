@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import make_folder, write_csv, write_whole
-from errors import InputError, report_errors
-from measurement.evaluation import SecondLook, Trained, diagnose, look_again, summarise
-from measurement.figures import outline, save
-from measurement.operating import RULES, OperatingPoint, read_point
-from measurement.page import Card, write_page
-from measurement.report import show_rates
-from metrics import largest_component
-from network import TASKS
-from photographs.data import describe, shrink
-from photographs.records import file_record
-from runs import open_run
-from settings import Parser
+from refuge.best import open_run
+from refuge.errors import InputError, report_errors
+from refuge.files import make_folder, write_csv, write_whole
+from refuge.measurement.evaluation import SecondLook, Trained, diagnose, look_again, summarise
+from refuge.measurement.figures import outline, save
+from refuge.measurement.operating import RULES, OperatingPoint, read_point
+from refuge.measurement.page import Card, write_page
+from refuge.measurement.report import show_rates
+from refuge.metrics import largest_component
+from refuge.network import TASKS
+from refuge.photographs.data import describe, shrink
+from refuge.photographs.records import file_record
+from refuge.settings import Parser
 
 MARK = "deepskyblue"
 Array = NDArray[np.float64]

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from checkpoint import make_folder
-from errors import InputError, report_errors
-from methods import build_aggregator
-from photographs.data import describe
-from runs import load_photographs, open_run
-from settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
-from study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
-from study.tables import (
+from refuge.best import load_photographs, open_run
+from refuge.errors import InputError, report_errors
+from refuge.files import make_folder
+from refuge.methods import build_aggregator
+from refuge.photographs.data import describe
+from refuge.settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
+from refuge.study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
+from refuge.study.tables import (
     FinishedRun,
     choose_rates,
     read_run,

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from errors import InputError
-from losses import task_losses
-from photographs.data import Batch
-from preparation import VALIDATE_EVERY, prepare
-from processes import ALONE, Processes, start_processes
-from runs import autocast
-from settings import Settings, claim_folder, parse
-from validation import finish, validate
+from refuge.best import autocast
+from refuge.errors import InputError
+from refuge.losses import task_losses
+from refuge.photographs.data import Batch
+from refuge.processes import ALONE, Processes, start_processes
+from refuge.run import VALIDATE_EVERY, prepare
+from refuge.settings import Settings, claim_folder, parse
+from refuge.validation import finish, validate
 
 
 def train(settings: Settings, out: Path, resume: bool, processes: Processes = ALONE) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import InputError
-from photographs.data import Batch, load_splits
-from refuge.tiny_data import SIZE, entry, paint, write_split, write_table
+from refuge.errors import InputError
+from refuge.photographs.data import Batch, load_splits
+from tiny_photographs import SIZE, entry, paint, write_split, write_table
 
 TRAINING = "Training400/Training400"
 VALIDATION = "REFUGE-Validation400-GT"

@@ -22,18 +22,18 @@ from torch import nn
 from torch._functorch import config as functorch_config
 
 import mtlopt
-import preparation
 import train
-from errors import InputError
-from measurement import figures
-from measurement.evaluation import Trained
-from methods import build_network, build_optimizer
-from network import TASKS
-from processes import ALONE
-from refuge.tiny_data import ENVIRONMENT, TINY, TRAIN_PY, Run, entry, write_split
-from runs import load_best, parts, save_best
-from settings import METHODS, Settings, claim_folder, parse
-from state import TrainingState
+from refuge.best import load_best, parts, save_best
+from refuge.errors import InputError
+from refuge.measurement import figures
+from refuge.measurement.evaluation import Trained
+from refuge.methods import build_network, build_optimizer
+from refuge.network import TASKS
+from refuge.processes import ALONE
+from refuge.run import VALIDATE_EVERY, build_state
+from refuge.settings import METHODS, Settings, claim_folder, parse
+from refuge.state import TrainingState
+from tiny_photographs import ENVIRONMENT, TINY, TRAIN_PY, Run, entry, write_split
 
 ROOT = Path(__file__).parents[2]
 METRICS = {
@@ -141,9 +141,9 @@ def test_weights_are_those_of_the_joint_loss(repacked: Path) -> None:
 
 def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: Path) -> None:
     """Each network and its Adam never hear of the others; each keeps its own best epoch."""
-    from losses import LOSSES
-    from network import SingleTaskNetworks
-    from photographs.data import load_splits
+    from refuge.losses import LOSSES
+    from refuge.network import SingleTaskNetworks
+    from refuge.photographs.data import load_splits
 
     out = tmp_path / "run"
     arguments = ("--data", repacked, "--method", "single", "--epochs", 1, *TINY, "--dropout", 0)
@@ -168,7 +168,7 @@ def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: 
 def test_a_score_that_is_none_replaces_no_better_one() -> None:
     """A network that diverged cannot be measured; the weights from before stay."""
     settings = Settings(width=2)
-    state = preparation.build_state(settings, ALONE, None)
+    state = build_state(settings, ALONE, None)
     assert state.improved({"": None}) == [""]
     assert state.improved({"": 0.5}) == [""]
     assert state.improved({"": None}) == []
@@ -207,9 +207,9 @@ def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
 
 def test_training_equals_a_plain_loop(finished: dict[str, Path]) -> None:
     """Eq. 3 by hand: per task a fresh forward pass and an Adam of its own."""
-    from losses import LOSSES
-    from network import MultiTaskUNet
-    from photographs.data import load_splits
+    from refuge.losses import LOSSES
+    from refuge.network import MultiTaskUNet
+    from refuge.photographs.data import load_splits
 
     out = finished["independent"]
     pictures = load_splits(str(out.parent / "data"), 32, seed=0)["train"]
@@ -390,9 +390,10 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     assert not list(killed.rglob("*.part"))
 
 
-def wait_for(file: Path, seconds: float = 600) -> None:
+def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, f"{file} did not appear"
         time.sleep(0.01)
 
@@ -409,7 +410,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(repacked: Path, tmp_path
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_for(out / "last.pt")
+        wait_for(out / "last.pt", process)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
@@ -428,7 +429,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, "load_photographs", interrupt)
+    monkeypatch.setattr("refuge.run.load_photographs", interrupt)
     assert run_here("--out", tmp_path / "run") == 130
     assert capsys.readouterr().err == "train.py: interrupted; nothing was written\n"
     assert not list(tmp_path.iterdir())
@@ -652,7 +653,7 @@ def test_the_published_configuration_is_reachable_and_stated() -> None:
     assert settings == Settings(width=64, size=256, lr=1e-4, epochs=300, norm="batch")
     assert (settings.batch_size, settings.amp, settings.patience) == (8, "off", 0)
     assert (settings.augment, settings.second_pass, settings.fold) == (False, False, "")
-    assert (settings.dropout, preparation.VALIDATE_EVERY) == (0.8, 5)
+    assert (settings.dropout, VALIDATE_EVERY) == (0.8, 5)
 
 
 @pytest.mark.slow

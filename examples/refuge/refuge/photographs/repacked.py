@@ -8,9 +8,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from errors import InputError
-from network import TASKS
-from photographs.records import Record, by_stem, file_record, only, to_number
+from refuge.errors import InputError
+from refuge.network import TASKS
+from refuge.photographs.records import Record, by_stem, file_record, only, to_number
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("images", "Images")

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from losses import saliency_maps
-from measurement.evaluation import Trained, summarise
-from measurement.figures import TRUE, grid, outline, save, show, show_original
-from photographs.data import Photographs
-from study.tables import COLUMNS, NAMES, FinishedRun
+from refuge.losses import saliency_maps
+from refuge.measurement.evaluation import Trained, summarise
+from refuge.measurement.figures import TRUE, grid, outline, save, show, show_original
+from refuge.photographs.data import Photographs
+from refuge.study.tables import COLUMNS, NAMES, FinishedRun
 
 COLOURS = {"independent": "deepskyblue", "single": "gold"}
 

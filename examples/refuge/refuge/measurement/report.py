@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint import write_csv, write_json
-from measurement.evaluation import DIAGNOSES, Evaluation, Metrics, measure_intervals
-from measurement.figures import (
+from refuge.files import write_csv, write_json
+from refuge.measurement.evaluation import DIAGNOSES, Evaluation, Metrics, measure_intervals
+from refuge.measurement.figures import (
     History,
     draw_learning_curves,
     draw_overlays,
     draw_reliability,
     draw_roc,
 )
-from measurement.intervals import Interval, show_interval
-from measurement.operating import RULES, SPECIFICITY, OperatingPoint, measure_point
-from photographs.data import Photographs
+from refuge.measurement.intervals import Interval, show_interval
+from refuge.measurement.operating import RULES, SPECIFICITY, OperatingPoint, measure_point
+from refuge.photographs.data import Photographs
 
 
 def write_report(

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from checkpoint import make_folder, read_json
-from errors import InputError
-from network import ENCODERS, NORMS, TASKS
+from refuge.errors import InputError
+from refuge.files import make_folder, read_json
+from refuge.network import ENCODERS, NORMS, TASKS
 
 METHODS = ("independent", "alternating", "joint", "pcgrad", "gradnorm", "single")
 AGGREGATED = "torchjd:"  # and the name of an aggregator

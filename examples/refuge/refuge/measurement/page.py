@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from checkpoint import write_text
+from refuge.files import write_text
 
 ORDER = ("refer", "ungradable", "no sign", "")  # those to look at first
 STYLE = """

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from checkpoint import load_checkpoint, save_checkpoint
-from errors import InputError
-from measurement.diagnosis import RatioClassifier
-from measurement.evaluation import Trained
-from methods import Network, build_network
-from network import TASKS
-from photographs.data import Photographs, load_splits
-from photographs.repacked import SPLITS
-from settings import Settings, read_settings
+from refuge.errors import InputError
+from refuge.files import load_checkpoint, save_checkpoint
+from refuge.measurement.diagnosis import RatioClassifier
+from refuge.measurement.evaluation import Trained
+from refuge.methods import Network, build_network
+from refuge.network import TASKS
+from refuge.photographs.data import Photographs, load_splits
+from refuge.photographs.repacked import SPLITS
+from refuge.settings import Settings, read_settings
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BEST = "best.pt"

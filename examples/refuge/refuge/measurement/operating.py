@@ -13,10 +13,10 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
 
-from checkpoint import read_json, write_json
-from errors import InputError
-from measurement.intervals import Bootstrap
-from metrics import rates
+from refuge.errors import InputError
+from refuge.files import read_json, write_json
+from refuge.measurement.intervals import Bootstrap
+from refuge.metrics import rates
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.integer]

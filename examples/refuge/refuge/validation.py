@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
-from measurement.evaluation import evaluate, score
-from measurement.operating import choose_point, measure_point, write_point
-from measurement.report import missing_ratios, write_report
-from metrics import mean
-from network import TASKS, count_parameters
-from preparation import Run
-from runs import load_best, parts, save_best
+from refuge.best import load_best, parts, save_best
+from refuge.measurement.evaluation import evaluate, score
+from refuge.measurement.operating import choose_point, measure_point, write_point
+from refuge.measurement.report import missing_ratios, write_report
+from refuge.metrics import mean
+from refuge.network import TASKS, count_parameters
+from refuge.run import Run
 
 
 def validate(run: Run) -> None:

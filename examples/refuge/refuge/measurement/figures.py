@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
-from checkpoint import write_whole
-from measurement.evaluation import Predictions
-from photographs.data import Photographs
+from refuge.files import write_whole
+from refuge.measurement.evaluation import Predictions
+from refuge.photographs.data import Photographs
 
 TRUE, PREDICTED = "white", "deepskyblue"
 History = Sequence[Mapping[str, Any]]

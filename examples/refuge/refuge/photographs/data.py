@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from checkpoint import read_tensors, write_tensors
-from errors import InputError
-from metrics import vertical_cup_to_disc_ratio
-from network import TASKS
-from photographs.crops import crop_records
-from photographs.folds import deal
-from photographs.phantoms import phantom_records
-from photographs.records import Record
-from photographs.released import is_released, released_records
-from photographs.repacked import SPLITS, is_repacked, repacked_records
+from refuge.errors import InputError
+from refuge.files import read_tensors, write_tensors
+from refuge.metrics import vertical_cup_to_disc_ratio
+from refuge.network import TASKS
+from refuge.photographs.crops import crop_records
+from refuge.photographs.folds import deal
+from refuge.photographs.phantoms import phantom_records
+from refuge.photographs.records import Record
+from refuge.photographs.released import is_released, released_records
+from refuge.photographs.repacked import SPLITS, is_repacked, repacked_records
 
 PHANTOM = 256  # side of a phantom, which like a photograph is shrunk for the network
 HELD_OUT = 0.05  # share that validates where no split does; a small set needs the rest to train

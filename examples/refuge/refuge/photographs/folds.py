@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from photographs.records import Record
+from refuge.photographs.records import Record
 
 
 def deal(

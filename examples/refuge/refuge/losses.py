@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss  # type: ignore[import-untyped]  # not typed
 
 if TYPE_CHECKING:
-    from photographs.data import Batch
+    from refuge.photographs.data import Batch
 
 
 def task_losses(logits: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, int]]:

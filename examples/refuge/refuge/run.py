@@ -13,25 +13,25 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import write_json
-from errors import InputError
-from measurement.diagnosis import fit_ratio_classifier
-from measurement.evaluation import Trained
-from measurement.figures import draw_pictures
-from methods import (
+from refuge.best import autocast, load_photographs
+from refuge.errors import InputError
+from refuge.files import write_json
+from refuge.measurement.diagnosis import fit_ratio_classifier
+from refuge.measurement.evaluation import Trained
+from refuge.measurement.figures import draw_pictures
+from refuge.methods import (
     build_network,
     build_optimizer,
     check_annotations,
     compile_network,
     draw_objectives,
 )
-from network import TASKS, count_parameters
-from photographs.augmentation import augment
-from photographs.data import Batch, Photographs, describe
-from processes import ALONE, Processes
-from runs import autocast, load_photographs
-from settings import Settings
-from state import LAST, TrainingState
+from refuge.network import TASKS, count_parameters
+from refuge.photographs.augmentation import augment
+from refuge.photographs.data import Batch, Photographs, describe
+from refuge.processes import ALONE, Processes
+from refuge.settings import Settings
+from refuge.state import LAST, TrainingState
 
 VALIDATE_EVERY = 5
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import openpyxl
 
-from errors import InputError
-from network import TASKS
-from photographs.records import Record, by_stem, file_record, only, to_number
+from refuge.errors import InputError
+from refuge.network import TASKS
+from refuge.photographs.records import Record, by_stem, file_record, only, to_number
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from errors import InputError
+from refuge.errors import InputError
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)

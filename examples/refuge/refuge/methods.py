@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mtlopt
-from errors import InputError
-from network import TASKS, MultiTaskUNet, SingleTaskNetworks
-from pretrained import load_pretrained
-from settings import AGGREGATED, Settings
+from refuge.errors import InputError
+from refuge.network import TASKS, MultiTaskUNet, SingleTaskNetworks
+from refuge.pretrained import load_pretrained
+from refuge.settings import AGGREGATED, Settings
 
 Network = MultiTaskUNet | SingleTaskNetworks
 Objective = str | tuple[str, ...]

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from errors import InputError
+from refuge.errors import InputError
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from photographs.records import Pair, Record
+from refuge.photographs.records import Pair, Record
 
 REACH = 2.5  # side of a crop in heights of the disc
 SHAKE = 0.15  # how far off its centre lies in training, in heights: predictions are not exact

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint import read_json, write_csv, write_text
-from settings import Settings
+from refuge.files import read_json, write_csv, write_text
+from refuge.settings import Settings
 
 NAMES = {
     "single": "STL (four networks)",

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from checkpoint import load_checkpoint
-from errors import InputError
-from network import MultiTaskUNet
+from refuge.errors import InputError
+from refuge.files import load_checkpoint
+from refuge.network import MultiTaskUNet
 
 WIDTH = 64  # channels of VGG's first stage
 

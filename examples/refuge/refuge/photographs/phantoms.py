@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from network import TASKS
-from photographs.records import Record
-from photographs.vessels import draw_vessels
+from refuge.network import TASKS
+from refuge.photographs.records import Record
+from refuge.photographs.vessels import draw_vessels
 
 Array = NDArray[np.float64]
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from measurement.diagnosis import RatioClassifier, combine
-from measurement.intervals import Bootstrap, Interval
-from measurement.operating import SPECIFICITY
-from metrics import (
+from refuge.measurement.diagnosis import RatioClassifier, combine
+from refuge.measurement.intervals import Bootstrap, Interval
+from refuge.measurement.operating import SPECIFICITY
+from refuge.metrics import (
     auc,
     centre_of_mass,
     dice,
@@ -24,8 +24,8 @@ from metrics import (
     reference_sensitivity,
     vertical_cup_to_disc_ratio,
 )
-from photographs.crops import Box, crop_box
-from photographs.data import Photographs, shrink
+from refuge.photographs.crops import Box, crop_box
+from refuge.photographs.data import Photographs, shrink
 
 Array = NDArray[np.float64]
 Metrics = dict[str, float | None]

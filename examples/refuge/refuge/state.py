@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import mtlopt
-from checkpoint import load_checkpoint, save_checkpoint, write_csv
-from errors import InputError
-from methods import Network
-from network import TASKS
-from processes import Processes
+from refuge.errors import InputError
+from refuge.files import load_checkpoint, save_checkpoint, write_csv
+from refuge.methods import Network
+from refuge.network import TASKS
+from refuge.processes import Processes
 
 LAST = "last.pt"
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision import tv_tensors  # type: ignore[import-untyped]  # not typed
 from torchvision.transforms import v2  # type: ignore[import-untyped]  # not typed
 
-from photographs.data import Batch
+from refuge.photographs.data import Batch
 
 # Left eyes become right ones; no more than another camera or another hand would do.
 CHANGES = (

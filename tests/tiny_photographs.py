@@ -12,7 +12,7 @@ import numpy as np
 import openpyxl
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TRAIN_PY = (sys.executable, str(ROOT / "examples/refuge/train.py"))
 SIZE = 40
