@@ -1,4 +1,4 @@
-"""Measures a run's best weights on any split, or on other photographs.
+"""Evaluates a run's best weights on any split, or on other photographs.
 
 Writes metrics-SPLIT.json and predictions-SPLIT.csv into the run folder, or into `--out`.
 """
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measures a split and writes and prints what was found."""
+    """Evaluates a split; writes and prints the results."""
     if options.data and not options.out:
         raise InputError("`--data` needs `--out`: the run folder is for the run's own photographs.")
     trained, settings = open_run(options.run, options.device)

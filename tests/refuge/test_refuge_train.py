@@ -29,7 +29,7 @@ from refuge.measurement import figures
 from refuge.measurement.evaluation import Trained
 from refuge.methods import build_network, build_optimizer
 from refuge.network import TASKS
-from refuge.processes import ALONE
+from refuge.processes import ONE_PROCESS
 from refuge.run import VALIDATE_EVERY, build_state
 from refuge.settings import METHODS, Settings, claim_folder, parse
 from refuge.state import TrainingState
@@ -125,7 +125,7 @@ def test_an_aggregator_that_needs_every_task_is_refused_before_training(
     arguments = ("--data", tmp_path / "data", *TINY, "--out", tmp_path / "run")
     assert run_here(*arguments, "--method", "torchjd:GradVac") == 2
     assert (
-        "`--method torchjd:GradVac` keeps a state of every task and needs all of them on every "
+        "`--method torchjd:GradVac` keeps state for every task and needs all of them on every "
         "training picture; fovea is not annotated on 1 of 7.\n"
     ) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -168,7 +168,7 @@ def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: 
 def test_a_score_that_is_none_replaces_no_better_one() -> None:
     """A network that diverged cannot be measured; the weights from before stay."""
     settings = Settings(width=2)
-    state = build_state(settings, ALONE, None)
+    state = build_state(settings, ONE_PROCESS, None)
     assert state.improved({"": None}) == [""]
     assert state.improved({"": 0.5}) == [""]
     assert state.improved({"": None}) == []
@@ -416,7 +416,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(repacked: Path, tmp_path
     assert process.returncode == 130
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
-    assert last == f"train.py: interrupted; go on with: train.py --resume --out {out}"
+    assert last == f"train.py: interrupted; continue with: train.py --resume --out {out}"
     assert not list(out.rglob("*.part"))
     torch.load(out / "last.pt", weights_only=True)
 
@@ -454,7 +454,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
         ),
         (
             ("--method", "single", "--group-size", "2"),
-            "`--group-size` must be 1 where each task has its own network, got 2.",
+            "`--group-size` must be 1 when each task has its own network, got 2.",
         ),
         *(
             (
@@ -479,7 +479,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
             )
             for fold in ("0/5", "6/5", "1/2", "1", "a/b", "1/5/2", "1/99999")
         ),
-        (("--resume",), "`--resume` needs `--out`, the folder of the run to go on with."),
+        (("--resume",), "`--resume` needs `--out`, the folder of the run to continue."),
     ],
 )
 def test_a_bad_setting_is_one_line_with_its_rule(
@@ -534,13 +534,15 @@ def test_an_output_folder_that_cannot_be_made_is_named(
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "file" / "run"
     assert run_here("--out", out) == 2
-    assert capsys.readouterr().err == f"train.py: error: {out}: cannot be made (Not a directory).\n"
+    assert (
+        capsys.readouterr().err == f"train.py: error: {out}: cannot be created (Not a directory).\n"
+    )
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path: Path) -> None:
     """A resumed run keeps its settings, but for its length and its device."""
     (tmp_path / "config.json").write_text(json.dumps(vars(Settings(lr=0.5, epochs=3))))
-    with pytest.raises(InputError, match="holds a run; give `--resume` to go on with it"):
+    with pytest.raises(InputError, match="contains a run; give `--resume` to continue it"):
         claim_folder(parse(["--out", str(tmp_path)]))
     again = ["--resume", "--out", str(tmp_path)]
     assert parse(again).settings == Settings(lr=0.5, epochs=3)

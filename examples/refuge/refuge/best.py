@@ -1,4 +1,4 @@
-"""The network that a run folder holds."""
+"""The weights that validated best: `best.pt`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BEST = "best.pt"
 
 
 def autocast(settings: Settings) -> AbstractContextManager[object]:
-    """Makes the context of a forward pass."""
+    """Returns the autocast context of a forward pass."""
     device, dtype = settings.torch_device().type, PRECISIONS[settings.amp]
     return torch.autocast(device, dtype, enabled=settings.amp != "off")
 
@@ -34,12 +34,12 @@ def autocast(settings: Settings) -> AbstractContextManager[object]:
 def load_photographs(
     settings: Settings, cache: Path, wanted: Sequence[str] = SPLITS
 ) -> dict[str, Photographs]:
-    """Reads the photographs that a run's settings mean.
+    """Loads the photographs that a run's settings name.
 
     Args:
-        settings: Of the run.
+        settings: The run's settings.
         cache: Folder for decoded tensors.
-        wanted: Which splits.
+        wanted: The splits to load.
     """
     return load_splits(
         settings.data,
@@ -53,10 +53,10 @@ def load_photographs(
 
 
 def parts(settings: Settings) -> dict[str, tuple[str, ...]]:
-    """Lists what validation chooses an epoch for: all in one, or each task's own network.
+    """Returns the parts whose best epoch is chosen separately: one, or each task's own network.
 
     Returns:
-        The tasks of each part, by how the names of its weights begin.
+        The tasks of each part, by the prefix of its weights' names.
     """
     if settings.method == "single":
         return {f"networks.{task}.": (task,) for task in TASKS}
@@ -64,13 +64,13 @@ def parts(settings: Settings) -> dict[str, tuple[str, ...]]:
 
 
 def save_best(folder: Path, epoch: int, improved: Sequence[str], trained: Trained) -> None:
-    """Keeps the weights of the parts that validated best so far; those of the others stay.
+    """Saves the weights of the parts that improved; the saved weights of the others stay.
 
     Args:
         folder: The run folder.
-        epoch: Its number.
-        improved: The parts.
-        trained: The network, with the weights of this epoch.
+        epoch: Number of the epoch.
+        improved: Prefixes of the parts that improved.
+        trained: The network with the weights of this epoch.
     """
     file = folder / BEST
     before: Mapping[str, Any] = {"model": {}, "epochs": {}}
@@ -90,7 +90,7 @@ def save_best(folder: Path, epoch: int, improved: Sequence[str], trained: Traine
 
 
 def load_best(folder: Path, network: Network, settings: Settings) -> tuple[Trained, dict[str, int]]:
-    """Gives a network its best weights; says of which epochs they are.
+    """Loads the best weights into a network; returns it with their epochs, by part.
 
     Raises:
         InputError: There are none, or not for this network.
@@ -120,15 +120,15 @@ def open_run(folder: Path, device: str = "auto") -> tuple[Trained, Settings]:
     """Builds the network of a run folder, with its best weights.
 
     Args:
-        folder: Written by `train.py`.
-        device: Where the network shall be.
+        folder: A folder written by `train.py`.
+        device: The device for the network.
 
     Raises:
-        InputError: The folder holds no run, or none that has validated yet.
+        InputError: The folder contains no run, or none that has been validated yet.
     """
     settings = replace(read_settings(folder), device=device)
     settings.check()
     if not (folder / BEST).exists():
-        raise InputError(f"{folder}: has no {BEST} yet; the run must validate once.")
+        raise InputError(f"{folder}: has no {BEST} yet; the run must be validated once.")
     network = build_network(settings, pretrained=False).to(settings.torch_device())
     return load_best(folder, network, settings)[0], settings

@@ -1,4 +1,4 @@
-"""The one error that the programs report to their user, and how."""
+"""The error for mistakes in what a user gave, and how the programs report it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line that names it."""
+    """Says in one line which file, argument or value cannot be used, and why."""
 
     def __init__(self, message: str) -> None:
-        # Names of files and other libraries' messages may hold line breaks.
+        # File names and other libraries' messages may contain line breaks.
         super().__init__(" ".join(message.splitlines()))
 
 
 def report_errors(program: str, body: Callable[[], object]) -> int:
-    """Runs a program's body; returns the exit code, after one line where it could not end."""
+    """Runs a program's body; reports an error in one line and returns the exit code."""
     try:
         body()
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files, and reading of checkpoints without running code."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from refuge.errors import InputError
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes beside the file, then renames, so that a kill leaves the old file or the new one.
+    """Writes a temporary file and renames it, so that a kill leaves the old file or the new one.
 
     Args:
-        file: Where to write; its folder must exist.
+        file: The file to write; its folder must exist.
         write: Writes the content to an open binary file.
 
     Raises:
-        InputError: The folder cannot be written.
+        InputError: The file cannot be written.
     """
     draft = file.with_name(f"{file.name}.part")
     try:
@@ -44,31 +44,31 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, unless they exist.
+    """Creates a folder and its parents, unless they exist.
 
     Raises:
-        InputError: It cannot be made.
+        InputError: The folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}).") from error
+        raise InputError(f"{folder}: cannot be created ({error.strerror}).") from error
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes UTF-8 text, whole or not at all."""
+    """Writes UTF-8 text atomically."""
     write_whole(file, lambda opened: opened.write(text.encode()))
 
 
 def write_csv(file: Path, header: Iterable[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table, whole or not at all; a cell of None is empty."""
+    """Writes a table as CSV atomically; None becomes an empty cell."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(header), *rows])
     write_text(file, text.getvalue())
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON, whole or not at all; a number that is none is an error, not `NaN`."""
+    """Writes JSON atomically; NaN and infinity are errors."""
     write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -76,20 +76,20 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        InputError: The file is missing or holds something else.
+        InputError: The file is missing or does not contain an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file}: must hold a JSON object.")
+        raise InputError(f"{file}: must contain a JSON object.")
     return content
 
 
 def save_checkpoint(file: Path, state: Mapping[str, Any]) -> None:
-    """Saves tensors and plain containers, whole or not at all."""
-    content = io.BytesIO()  # On a full disk torch.save itself would not raise an OSError.
+    """Saves tensors and plain containers atomically."""
+    content = io.BytesIO()  # On a full disk torch.save itself does not raise an OSError.
     torch.save(dict(state), content)
     write_whole(file, lambda opened: opened.write(content.getbuffer()))
 
@@ -98,11 +98,11 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     """Loads a checkpoint to the CPU without running code from it.
 
     Raises:
-        InputError: The file is missing or no checkpoint.
+        InputError: The file is missing or not a checkpoint.
     """
     try:
         with warnings.catch_warnings():
-            # A file of another program makes torch warn before it refuses.
+            # torch warns before it refuses another program's file.
             warnings.simplefilter("ignore")
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
@@ -114,16 +114,16 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], key: str) -> None:
-    """Saves tensors together with what they were made from."""
+    """Saves tensors together with a key that says what they were made from."""
     make_folder(file.parent)
-    # Runs beside each other may write the same file.
+    # Several runs may write the same file at the same time.
     draft = file.with_name(f"{file.stem}-{os.getpid()}.pt")
     save_checkpoint(draft, {"key": key, **tensors})
     draft.replace(file)
 
 
 def read_tensors(file: Path, key: str) -> dict[str, Tensor] | None:
-    """Loads saved tensors; None where there are none, or they were made from something else."""
+    """Loads saved tensors; None if there are none or their key differs."""
     try:
         tensors = load_checkpoint(file)
     except InputError:

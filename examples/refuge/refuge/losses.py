@@ -18,12 +18,12 @@ def task_losses(logits: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[T
     """Computes each task's loss and how many pictures it is the mean of.
 
     Args:
-        logits: What the network gave for each task, over the whole batch.
-        batch: The truth, and which pictures have it.
+        logits: The network's output for each task, over the whole batch.
+        batch: The ground truth, and which pictures have it.
 
     Returns:
-        For each task `(loss, count)`; without a labelled picture the loss is 0 and so is the
-        count, but its backward pass goes through the network, as other processes' do.
+        For each task `(loss, count)`. Without a labelled picture both are 0, but the loss still has
+        a graph, so that every process runs the same backward passes.
     """
     losses = {}
     for task in logits:
@@ -40,19 +40,19 @@ def task_losses(logits: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[T
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Binary cross-entropy averaged over pixels."""
+    """Returns the binary cross-entropy, averaged over pixels."""
     return F.binary_cross_entropy_with_logits(logits, masks.float())
 
 
 def fovea_loss(logits: Tensor, points: Tensor) -> Tensor:
-    """L1 distance between the predicted map and the saliency map of the points, per pixel."""
+    """Returns the mean absolute difference between predicted and true saliency maps."""
     return F.l1_loss(logits.sigmoid(), saliency_maps(points, logits.shape[-1]))
 
 
 def glaucoma_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Focal loss (Lin et al., 2017) with gamma 2 and no alpha."""
+    """Returns the focal loss (Lin et al., 2017) with gamma 2 and no alpha."""
     loss: Tensor = sigmoid_focal_loss(logits, labels.float(), alpha=-1, gamma=2, reduction="mean")
-    # Of a batch that is quite certain the loss is zero, which GradNorm cannot divide by.
+    # Keeps the loss of a perfectly confident batch above zero: GradNorm divides by it.
     return loss + torch.finfo(loss.dtype).tiny
 
 

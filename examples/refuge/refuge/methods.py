@@ -1,4 +1,4 @@
-"""What each `--method` stands for: a network, and an optimizer around Adam."""
+"""Builds the network and the optimizer that `--method` names."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Objective = str | tuple[str, ...]
 
 
 def build_network(settings: Settings, pretrained: bool = True) -> Network:
-    """Makes the network, four of them for single-task learning, from the seed.
+    """Builds the network, or four for single-task learning, initialised from the seed.
 
     Args:
-        settings: Of the run.
+        settings: The run's settings.
         pretrained: Whether to load the weights that `--pretrained` names.
 
     Raises:
-        InputError: The pretrained weights cannot be had.
+        InputError: The pretrained weights are not available.
     """
     torch.manual_seed(settings.seed)
     build = SingleTaskNetworks if settings.method == "single" else MultiTaskUNet
@@ -45,15 +45,15 @@ def build_network(settings: Settings, pretrained: bool = True) -> Network:
 
 
 def compile_network(network: Network, settings: Settings) -> None:
-    """Compiles the network in place, so that a method may differentiate several losses of it."""
+    """Compiles the network in place; methods may still backpropagate several losses through it."""
     if settings.method not in ("independent", "alternating", "joint", "single"):
-        # The buffers of a forward pass must outlive its first backward pass.
+        # Later backward passes still need the buffers of the forward pass.
         torch._functorch.config.donated_buffer = False
     network.compile()
 
 
 def draw_objectives(settings: Settings) -> Sequence[Objective]:
-    """Groups the tasks at random, once for the whole run."""
+    """Returns the objectives: single tasks, or groups drawn at random once for the whole run."""
     if settings.group_size == 1:
         return TASKS
     generator = torch.Generator().manual_seed(settings.seed)
@@ -67,15 +67,15 @@ def build_optimizer(
     group: dist.ProcessGroup | None = None,
     fused: bool = False,
 ) -> mtlopt.MultiTaskOptimizer:
-    """Makes the optimizer that a method's name stands for.
+    """Builds the optimizer that a method's name stands for.
 
     Args:
-        settings: Of the run.
-        network: What it trains.
-        scaler: For float16.
-        group: The processes, where several train together; the sequential methods then want a
-            network that is wrapped in DistributedDataParallel.
-        fused: Whether Adam is one kernel.
+        settings: The run's settings.
+        network: The network to train.
+        scaler: Gradient scaler for float16.
+        group: The process group, if several processes train together; sequential methods then
+            need a network wrapped in DistributedDataParallel.
+        fused: Whether to use Adam's fused implementation.
 
     Raises:
         InputError: TorchJD lacks the aggregator, or is not installed.
@@ -83,7 +83,7 @@ def build_optimizer(
     method, objectives, lr = settings.method, draw_objectives(settings), settings.lr
     parameters = list(network.parameters())
     if method in ("independent", "single"):
-        # Of four networks each task reaches its own: four Adams that have nothing in common.
+        # With "single" each task has its own network, so these are four separate trainings.
         return mtlopt.IndependentOptimizer(
             torch.optim.Adam, parameters, objectives, lr=lr, fused=fused or None, scaler=scaler
         )
@@ -98,7 +98,7 @@ def build_optimizer(
         return mtlopt.PCGrad(adam, objectives, seed=settings.seed, **common)
     if method == "gradnorm":
         assert isinstance(network, MultiTaskUNet)
-        # The last layer that all four tasks share: glaucoma branches off after the encoder.
+        # The last layer that all tasks share: the glaucoma head branches off after the encoder.
         shared = network.encoder_convolutions()[-1].parameters()
         return mtlopt.GradNorm(adam, objectives, shared=shared, **common)
     aggregator = build_aggregator(method.removeprefix(AGGREGATED))
@@ -106,14 +106,14 @@ def build_optimizer(
 
 
 def check_annotations(settings: Settings, known: Mapping[str, Tensor]) -> None:
-    """Refuses what would end in the middle of an epoch, in a batch that lacks a task.
+    """Refuses aggregators that would fail at the first batch without some task.
 
     Args:
-        settings: Of the run.
+        settings: The run's settings.
         known: For each task, whether each training picture is annotated.
 
     Raises:
-        InputError: The aggregator keeps a state of every task, and a picture lacks one.
+        InputError: The aggregator keeps state for every task, and a picture lacks one.
     """
     if not settings.method.startswith(AGGREGATED):
         return
@@ -124,16 +124,16 @@ def check_annotations(settings: Settings, known: Mapping[str, Tensor]) -> None:
     if lacking and any(isinstance(part, Stateful) for part in aggregator.modules()):
         task, count = next(iter(lacking.items()))
         raise InputError(
-            f"`--method {settings.method}` keeps a state of every task and needs all of them on "
+            f"`--method {settings.method}` keeps state for every task and needs all of them on "
             f"every training picture; {task} is not annotated on {count} of {len(known[task])}."
         )
 
 
 def build_aggregator(name: str) -> nn.Module:
-    """Makes one of TorchJD's aggregators, as it is without arguments.
+    """Builds one of TorchJD's aggregators with its default arguments.
 
     Raises:
-        InputError: There is none of this name, or it needs arguments, or TorchJD is missing.
+        InputError: There is no such aggregator, or it needs arguments, or TorchJD is missing.
     """
     try:
         from torchjd import aggregation  # noqa: PLC0415  # optional

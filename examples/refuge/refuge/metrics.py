@@ -1,4 +1,4 @@
-"""What a mask, a map, a probability are worth: REFUGE's measures, None where there is none."""
+"""REFUGE's metrics of masks, points and probabilities; None where one is undefined."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 
 def largest_component(mask: Mask) -> Mask:
-    """Keeps the largest 4-connected component of a mask; an empty mask stays empty."""
+    """Returns the largest 4-connected component of a mask; an empty mask stays empty."""
     labels, count = ndimage.label(mask)
     if count == 0:
         return mask
@@ -22,19 +22,19 @@ def largest_component(mask: Mask) -> Mask:
 
 
 def dice(predicted: Mask, true: Mask) -> float:
-    """Twice the overlap over the sum of two masks' areas; 1 where both are empty."""
+    """Returns twice the overlap over the sum of two masks' areas; 1 if both are empty."""
     total = int(predicted.sum()) + int(true.sum())
     return 2 * int((predicted & true).sum()) / total if total else 1.0
 
 
 def centre_of_mass(maps: Array) -> Array:
-    """Finds the centre of mass of saliency maps.
+    """Returns the centre of mass of saliency maps.
 
     Args:
-        maps: (n, height, width), not negative.
+        maps: (n, height, width), non-negative.
 
     Returns:
-        (n, 2), x and y in pixels. A map without mass tells nothing: its centre is the picture's.
+        (n, 2), x and y in pixels; the picture's centre for a map without mass.
     """
     maps = np.where(maps.sum(axis=(1, 2), keepdims=True) > 0, maps, 1)
     down, across = maps.sum(axis=2), maps.sum(axis=1)
@@ -44,24 +44,24 @@ def centre_of_mass(maps: Array) -> Array:
 
 
 def vertical_cup_to_disc_ratio(disc: Mask, cup: Mask) -> float:
-    """Divides the height of the cup by that of the disc; NaN without a disc.
+    """Returns the height of the cup over that of the disc; NaN without a disc.
 
-    The height is REFUGE's: the largest number of pixels in any column. The cup counts where it
-    lies in the disc.
+    Heights are measured as REFUGE does: the largest number of pixels in any column. Only the part
+    of the cup inside the disc counts.
     """
     height = disc.sum(axis=0).max(initial=0)
     return float((disc & cup).sum(axis=0).max(initial=0) / height) if height else float("nan")
 
 
 def auc(labels: NDArray[np.integer], probabilities: Array) -> float | None:
-    """Area under the ROC curve; None where only one class is there."""
+    """Returns the area under the ROC curve; None if there is only one class."""
     return float(roc_auc_score(labels, probabilities)) if len(np.unique(labels)) == 2 else None
 
 
 def rates(
     labels: NDArray[np.integer], probabilities: Array, threshold: float = 0.5
 ) -> tuple[float | None, float | None]:
-    """Sensitivity and specificity at a threshold; None for a class that is not there."""
+    """Returns sensitivity and specificity at a threshold; None for a class without members."""
     right = ((probabilities >= threshold) == labels).astype(float)
     return mean(right[labels == 1]), mean(right[labels == 0])
 
@@ -69,7 +69,7 @@ def rates(
 def reference_sensitivity(
     labels: NDArray[np.integer], probabilities: Array, specificity: float
 ) -> float | None:
-    """Sensitivity at a specificity, between two thresholds by a straight line, as REFUGE has it."""
+    """Returns the sensitivity at a specificity, interpolating the ROC curve as REFUGE does."""
     if len(np.unique(labels)) < 2:
         return None
     false, true, _ = roc_curve(labels, probabilities)
@@ -77,6 +77,6 @@ def reference_sensitivity(
 
 
 def mean(values: Array) -> float | None:
-    """Mean of the values that are numbers; None where none is."""
+    """Returns the mean of the values that are not NaN; None if all are."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else None

@@ -18,17 +18,17 @@ PRIOR = 0.01  # probability of a pixel before training, as Lin et al. (2017) sta
 
 
 class MultiTaskUNet(nn.Module):
-    """Segments disc and cup, finds the fovea and classifies glaucoma, in whatever part is asked.
+    """Segments disc and cup, locates the fovea and classifies glaucoma.
 
-    It has only the parts that its tasks need: a network for glaucoma alone is an encoder.
+    Only the parts that its tasks need are built and run: a network for glaucoma is an encoder.
 
     Args:
-        tasks: Which of `TASKS` it can do.
+        tasks: Subset of `TASKS`.
         width: Channels of the first stage; 64 as published.
         encoder: One of `ENCODERS`; "vgg13" has the published number of parameters.
-        norm: "batch" uses the statistics of the batch at hand, at evaluation too, as published;
-            "running" averages them for evaluation; "group" is group normalisation.
-        dropout: Probability in front of the glaucoma head.
+        norm: "batch" uses batch statistics, at evaluation too, as published; "running" keeps
+            running averages for evaluation; "group" is group normalisation.
+        dropout: Dropout probability before the glaucoma head.
     """
 
     mean: Tensor
@@ -52,7 +52,7 @@ class MultiTaskUNet(nn.Module):
         if encoder not in ENCODERS:
             raise ValueError(f"`encoder` must be one of {tuple(ENCODERS)}, got {encoder!r}.")
         self.tasks = tuple(tasks)
-        # What the pictures are normalised by; it follows the weights, so it is saved with them.
+        # The normalisation of the input belongs to the weights, so it is saved with them.
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.register_buffer("std", torch.ones(3, 1, 1))
         channels = [width, 2 * width, 4 * width, 8 * width, 8 * width]
@@ -72,14 +72,14 @@ class MultiTaskUNet(nn.Module):
             self.heads.update({task: _dense_head(width) for task in dense})
 
     def forward(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Computes the logits of the tasks asked, and nothing that they do not need.
+        """Computes the logits of the given tasks, and nothing that they do not need.
 
         Args:
             images: (n, 3, size, size) in [0, 1], the size a multiple of 16.
-            tasks: Which tasks; all of the network's by default.
+            tasks: The tasks to compute; all of the network's by default.
 
         Returns:
-            For each task asked, in that order, its logits: (n, size, size), or (n,) for glaucoma.
+            Logits by task, in the given order: (n, size, size), or (n,) for glaucoma.
         """
         tasks = self.tasks if tasks is None else tasks
         features = [self.encoder[0]((images - self.mean) / self.std)]
@@ -99,16 +99,16 @@ class MultiTaskUNet(nn.Module):
         return {task: logits[task] for task in tasks}
 
     def encoder_convolutions(self) -> list[nn.Conv2d]:
-        """Lists the encoder's convolutions; the last one is the last layer all tasks share."""
+        """Returns the encoder's convolutions; the last one is the last layer all tasks share."""
         return [layer for layer in self.encoder.modules() if isinstance(layer, nn.Conv2d)]
 
 
 class SingleTaskNetworks(nn.Module):
-    """Single-task learning: a network of its own for each task, behind the interface of one.
+    """Single-task learning: a separate network for each task, behind the interface of one.
 
     Args:
-        tasks: Which of `TASKS`.
-        **options: As `MultiTaskUNet` takes them.
+        tasks: Subset of `TASKS`.
+        **options: Passed to each `MultiTaskUNet`.
     """
 
     def __init__(self, tasks: Sequence[str] = TASKS, **options: Any) -> None:
@@ -117,18 +117,18 @@ class SingleTaskNetworks(nn.Module):
         self.networks = nn.ModuleDict({task: MultiTaskUNet((task,), **options) for task in tasks})
 
     def forward(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Computes the logits of the tasks asked; see `MultiTaskUNet.forward`."""
+        """Computes the logits of the given tasks; see `MultiTaskUNet.forward`."""
         tasks = self.tasks if tasks is None else tasks
         return {task: self.networks[task](images, (task,))[task] for task in tasks}
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Counts the trainable numbers of a model."""
+    """Returns the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _dense_head(width: int) -> nn.Conv2d:
-    """Starts from a mostly empty picture, which to learn first would take hundreds of steps."""
+    """Builds a head whose bias predicts `PRIOR`: learning that would take hundreds of steps."""
     head = nn.Conv2d(width, 1, kernel_size=1)
     if head.bias is not None:
         nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))

@@ -1,4 +1,4 @@
-"""ImageNet weights for the encoder: torchvision's own, or a file with the same names."""
+"""Loads ImageNet weights into the encoder, from torchvision or from a file."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ WIDTH = 64  # channels of VGG's first stage
 
 
 def load_pretrained(network: MultiTaskUNet, source: str, encoder: str) -> None:
-    """Gives the encoder weights that were trained on ImageNet, and pictures their normalisation.
+    """Loads ImageNet weights into the encoder and sets the matching input normalisation.
 
-    Batch normalisation is taken over where both have it; its running statistics only by a network
-    that keeps some.
+    Batch-norm weights are loaded if the network has batch norm; running statistics only if it
+    tracks them.
 
     Args:
-        network: Has the encoder; its width is 64.
+        network: A network of width 64.
         source: "imagenet", which torchvision downloads (with batch normalisation), or a file: a
             state dict of torchvision's VGG, by `torch.save` or as safetensors.
         encoder: "vgg13" or "vgg16".
 
     Raises:
-        InputError: The weights cannot be had, or are not those of such an encoder.
+        InputError: The weights are not available, or not those of such an encoder.
     """
     weights = torchvision.models.get_model_weights(f"{encoder}_bn").DEFAULT
     state = _download(weights) if source == "imagenet" else _read(Path(source))
@@ -80,7 +80,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _layers(state: dict[str, Tensor], dimensions: int) -> list[dict[str, Tensor]]:
-    """Gathers the tensors of the layers of `features` whose weight has so many dimensions."""
+    """Returns the tensors of each layer of `features` whose weight has this many dimensions."""
     layers: dict[int, dict[str, Tensor]] = {}
     for key, value in state.items():
         part, _, rest = key.partition(".")

@@ -1,4 +1,4 @@
-"""The processes that train one network together, where torchrun started several."""
+"""The processes that torchrun started to train one network together."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ WAIT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """How many there are, and which one this is; by default it is alone."""
+    """This process's rank and the number of processes; by default a single process."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the run folder and speaks to the user."""
+        """Whether this process writes the run folder and prints."""
         return self.rank == 0
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The group of all; None for a process that is alone."""
+        """The group of all processes; None for a single process."""
         return dist.group.WORLD if self.count > 1 else None
 
     def gather(self, value: T) -> list[T]:
-        """Collects a value from every process, on every process; waits for all."""
+        """Returns the values of all processes, on every process; waits for all."""
         if self.count == 1:
             return [value]
         values: list[T | None] = [None] * self.count
@@ -44,10 +44,10 @@ class Processes:
         return values  # type: ignore[return-value]  # filled now
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Makes something on the first process alone, and gives it to all.
+        """Calls a function on the first process and returns the result on all.
 
         Raises:
-            InputError: On all processes, where the first one could not make it.
+            InputError: On all processes, if the call raised it.
         """
         made: tuple[T | None, str] = (None, "")
         if self.first:
@@ -61,18 +61,18 @@ class Processes:
         return value  # type: ignore[return-value]  # None only with a reason
 
 
-ALONE = Processes()
+ONE_PROCESS = Processes()
 
 
 @contextmanager
 def start_processes(device: torch.device) -> Iterator[Processes]:
-    """Joins the processes that torchrun started, each with a GPU of its own where they use any."""
+    """Initialises the process group if torchrun started this process, with one GPU each."""
     if not dist.is_torchelastic_launched():
         yield Processes()
         return
     if device.type == "cuda":
         if (rank := int(os.environ["LOCAL_RANK"])) >= (count := torch.cuda.device_count()):
-            raise InputError(f"`--nproc-per-node` must be at most {count}, the GPUs here.")
+            raise InputError(f"`--nproc-per-node` must be at most {count}, the number of GPUs.")
         torch.cuda.set_device(rank)
     # The others wait for the one that reads the photographs.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)

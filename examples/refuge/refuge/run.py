@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step, from the beginning or from a checkpoint."""
+"""Prepares a training run, from the beginning or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from refuge.methods import (
 from refuge.network import TASKS, count_parameters
 from refuge.photographs.augmentation import augment
 from refuge.photographs.data import Batch, Photographs, describe
-from refuge.processes import ALONE, Processes
+from refuge.processes import ONE_PROCESS, Processes
 from refuge.settings import Settings
 from refuge.state import LAST, TrainingState
 
@@ -38,18 +38,18 @@ VALIDATE_EVERY = 5
 
 @dataclass(frozen=True)
 class Run:
-    """A training and all that it works on.
+    """A training run and the data it works on.
 
     Attributes:
-        settings: What the final weights depend on.
+        settings: Everything the final weights depend on.
         out: The run folder.
-        processes: Those that train together.
-        source: Where the photographs come from, in words.
-        splits: The photographs to train on, to validate and to test with.
-        state: What changes while it trains.
-        model: The network, perhaps wrapped for several processes.
-        trained: The network as validation asks it.
-        notes: What the training photographs lack.
+        processes: The processes that train together.
+        source: Name of the photographs.
+        splits: The photographs for training, validation and test.
+        state: Everything that changes during training.
+        model: The network, wrapped in DistributedDataParallel where the method needs it.
+        trained: The network with the settings for evaluation.
+        notes: Annotations that the training photographs lack.
     """
 
     settings: Settings
@@ -64,11 +64,11 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """Batches of an epoch; the last incomplete one is dropped."""
+        """Number of batches per epoch; the last incomplete one is dropped."""
         return len(self.splits["train"]) // (self.settings.batch_size * self.processes.count)
 
     def batches(self) -> Iterator[Batch]:
-        """Gives this process's part of each batch of an epoch, in an order drawn anew."""
+        """Yields this process's share of each batch of an epoch, in a new random order."""
         pictures, size = self.splits["train"], self.settings.batch_size
         order = torch.randperm(len(pictures), generator=self.state.shuffle)
         used = order[: self.iterations * self.processes.count * size]
@@ -77,20 +77,20 @@ class Run:
             yield augment(batch) if self.settings.augment else batch
 
     def progress(self) -> tqdm[Any]:
-        """Makes the bar that shows the iterations of the whole run."""
+        """Returns a progress bar over the iterations of the whole run."""
         total, done = (n * self.iterations for n in (self.settings.epochs, self.state.epoch))
         quiet = None if self.processes.first else True
         return tqdm(total=total, initial=done, desc="training", unit="it", disable=quiet)
 
 
-def prepare(settings: Settings, out: Path, resume: bool, processes: Processes = ALONE) -> Run:
-    """Reads the photographs, makes or loads network and optimizer, and begins the run folder.
+def prepare(settings: Settings, out: Path, resume: bool, processes: Processes = ONE_PROCESS) -> Run:
+    """Reads the photographs, builds or restores network and optimizer, starts the run folder.
 
     Args:
-        settings: What the final weights depend on.
-        out: The run folder; it exists.
-        resume: Go on from `last.pt` where there is one.
-        processes: Those that train together.
+        settings: Everything the final weights depend on.
+        out: The run folder, which must exist.
+        resume: Whether to continue from `last.pt` if there is one.
+        processes: The processes that train together.
 
     Raises:
         InputError: The photographs, the settings or the checkpoint cannot be used.
@@ -130,7 +130,7 @@ def prepare(settings: Settings, out: Path, resume: bool, processes: Processes = 
 
 
 def build_state(settings: Settings, processes: Processes, file: Path | None) -> TrainingState:
-    """Makes network and optimizer as they are before the first step, or as a checkpoint says."""
+    """Builds network and optimizer, and restores them from a checkpoint if one is given."""
     device = settings.torch_device()
     network = build_network(settings, pretrained=file is None).to(device)
     if device.type == "cuda":
@@ -141,7 +141,7 @@ def build_state(settings: Settings, processes: Processes, file: Path | None) -> 
     fused = device.type == "cuda"
     optimizer = build_optimizer(settings, network, scaler, processes.group, fused)
     if not processes.first:
-        torch.manual_seed(settings.seed + processes.rank)  # Dropout of its own.
+        torch.manual_seed(settings.seed + processes.rank)  # Independent dropout.
     shuffle = torch.Generator().manual_seed(settings.seed)
     state = TrainingState(network, optimizer, scaler, shuffle)
     if file:
@@ -150,9 +150,9 @@ def build_state(settings: Settings, processes: Processes, file: Path | None) -> 
 
 
 def wrap(settings: Settings, network: nn.Module, processes: Processes) -> nn.Module:
-    """Lets DDP average the gradients of the methods that step once per task.
+    """Wraps the network in DDP, which averages gradients, for methods that step once per task.
 
-    The others average each task's gradient themselves before they combine them.
+    The other methods average each task's gradient themselves before combining them.
     """
     if processes.count == 1 or settings.method not in ("independent", "alternating", "single"):
         return network
@@ -160,9 +160,9 @@ def wrap(settings: Settings, network: nn.Module, processes: Processes) -> nn.Mod
 
 
 def _begin_folder(run: Run) -> None:
-    """Writes what the run is, and shows some of its photographs."""
+    """Writes `config.json` and a figure of some training photographs."""
     if not run.state.ended(run.settings.epochs, run.settings.patience):
-        (run.out / "metrics.json").unlink(missing_ok=True)  # Of fewer epochs.
+        (run.out / "metrics.json").unlink(missing_ok=True)  # It was measured after fewer epochs.
     facts = {
         "source": run.source,
         "pictures": {split: len(each) for split, each in run.splits.items()},

@@ -1,4 +1,4 @@
-"""What the user asks of a run: the flags of `train.py`, their defaults and their rules."""
+"""Settings of a run: the flags of `train.py`, their defaults and their rules."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from refuge.files import make_folder, read_json
 from refuge.network import ENCODERS, NORMS, TASKS
 
 METHODS = ("independent", "alternating", "joint", "pcgrad", "gradnorm", "single")
-AGGREGATED = "torchjd:"  # and the name of an aggregator
-LATER = ("augment", "second_pass", "patience", "fold")
+AGGREGATED = "torchjd:"  # followed by the name of an aggregator
 RUNS = Path("runs")
 
 
@@ -73,7 +72,7 @@ class Settings:
         if self.pretrained != "none":
             rules["width"] = (self.width == 64, "64 as the pretrained encoders have")
         if self.method == "single":
-            rules["group_size"] = (self.group_size == 1, "1 where each task has its own network")
+            rules["group_size"] = (self.group_size == 1, "1 when each task has its own network")
         if self.fold:
             kept = self.folds() is not None
             rules["fold"] = (kept, "like 1/5: which fold tests, of at least 3")
@@ -91,7 +90,7 @@ class Settings:
             ) from error
 
     def loss_weights(self) -> dict[str, float] | None:
-        """Gives every task's weight in the joint loss; None where `--weights` cannot be read."""
+        """Returns every task's weight in the joint loss; None if `--weights` cannot be parsed."""
         pairs = [pair.partition("=") for pair in self.weights.split(",") if pair]
         try:
             given = {task: float(weight) for task, _, weight in pairs}
@@ -102,7 +101,7 @@ class Settings:
         return dict.fromkeys(TASKS, 1.0) | given if given.keys() <= set(TASKS) else None
 
     def folds(self) -> tuple[int, int] | None:
-        """Gives which fold tests and how many there are; None where `--fold` says none."""
+        """Returns which fold is tested and how many there are; None if `--fold` is not set."""
         found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.fold)
         if not found:
             return None
@@ -110,14 +109,14 @@ class Settings:
         return (fold, folds) if 1 <= fold <= folds and folds >= 3 else None
 
     def torch_device(self) -> torch.device:
-        """Resolves "auto" to the GPU where there is one."""
+        """Resolves "auto" to the GPU if there is one."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
 
 class Request(NamedTuple):
-    """A run: its settings, its folder where one was named, and whether it goes on."""
+    """A request for a run: settings, the folder if one was named, and whether to resume."""
 
     settings: Settings
     out: Path | None
@@ -125,23 +124,23 @@ class Request(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, leaves out those not given, and fails in one line."""
+    """Accepts no abbreviated flags, omits flags not given, and reports errors in one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raises an InputError in the place of ending the program."""
+        """Raises an InputError instead of exiting."""
         raise InputError(message)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Request:
-    """Reads the command line of `train.py`.
+    """Parses the command line of `train.py`.
 
-    A resumed run keeps its settings; only `--epochs` and `--device` may be given anew.
+    A resumed run keeps its settings; only `--epochs` and `--device` may change.
 
     Raises:
-        InputError: A value breaks its rule, or the run to go on with is another.
+        InputError: A value breaks its rule, or differs from the run to be resumed.
     """
     parser = Parser(
         prog="train.py",
@@ -149,16 +148,16 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
     )
     add_flags(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"run folder (default: in {RUNS}/)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     given = vars(parser.parse_args(arguments))
     out, resume = given.pop("out", None), given.pop("resume", False)
     given = complete(given)
     if resume:
         if out is None:
-            raise InputError("`--resume` needs `--out`, the folder of the run to go on with.")
+            raise InputError("`--resume` needs `--out`, the folder of the run to continue.")
         settings = _resumed(out, given)
     else:
-        # Photographs are trained on as published, phantoms at a size that this norm does not suit.
+        # The published norm does not suit the small size at which phantoms are trained.
         published = {} if given.get("data", "phantom") == "phantom" else {"norm": "batch"}
         settings = Settings(**(published | given))
     settings.check()
@@ -166,7 +165,7 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
 
 
 def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """Adds the flags of a run to a program's own, but for some."""
+    """Adds the flags of a run to a parser, except those named in `without`."""
     default = asdict(Settings())
 
     def add(name: str, text: str, **options: Any) -> None:
@@ -176,24 +175,28 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
 
     add("data", "phantom, or a folder with REFUGE as released or re-packed", metavar="DIR")
     methods = f"{', '.join(METHODS)} or {AGGREGATED}NAME, an aggregator of TorchJD"
-    add("method", f"how the tasks share the network: {methods}", metavar="NAME")
+    add("method", f"how the tasks are trained together: {methods}", metavar="NAME")
     add("epochs", "passes over the training pictures", type=int, metavar="N")
     add("lr", "learning rate of Adam", type=float, metavar="X")
-    add("batch_size", "pictures in an iteration of each process", type=int, metavar="N")
+    add("batch_size", "pictures per iteration and process", type=int, metavar="N")
     add("width", "channels of the first stage", type=int, metavar="N")
     add("size", "side of the network's input in pixels", type=int, metavar="N")
-    drawn = "draws weights, order, dropout, groups and held-out pictures"
+    drawn = "seed of weights, order, dropout, groups and held-out pictures"
     add("seed", drawn, type=int, metavar="N")
     add("encoder", "depth of the encoder", choices=tuple(ENCODERS))
-    weights = "weights the encoder starts from: none, imagenet (a download) or a file"
+    weights = "initial weights of the encoder: none, imagenet (a download) or a file"
     add("pretrained", weights, metavar="FILE")
-    add("norm", "normalisation after each convolution; of photographs: batch", choices=NORMS)
-    add("dropout", "probability before the glaucoma head", type=float, metavar="P")
-    add("group_size", "tasks in an objective, grouped at random once", type=int, metavar="N")
-    add("weights", "weights in the joint loss, as fovea=30; the others are 1", metavar="A=X,B=Y")
-    add("augment", "turn, mirror and recolour training pictures", action="store_true")
-    add("second_pass", "look at the disc again, enlarged, for the cup", action="store_true")
-    stop = "end after N validations without a better one; 0 for never"
+    add("norm", "normalisation after each convolution; for photographs: batch", choices=NORMS)
+    add("dropout", "dropout probability before the glaucoma head", type=float, metavar="P")
+    add("group_size", "tasks per objective, grouped at random once", type=int, metavar="N")
+    add(
+        "weights",
+        "weights in the joint loss, such as fovea=30; others are 1",
+        metavar="A=X,B=Y",
+    )
+    add("augment", "rotate, mirror and recolour training pictures at random", action="store_true")
+    add("second_pass", "segment the cup a second time, in the enlarged disc", action="store_true")
+    stop = "stop after N validations without improvement; 0 for never"
     add("patience", stop, type=int, metavar="N")
     add("fold", "test on fold K of N of all pictures", metavar="K/N")
     add("amp", "precision of the forward pass", choices=("off", "bf16", "fp16"))
@@ -202,7 +205,7 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
 
 
 def complete(given: dict[str, Any]) -> dict[str, Any]:
-    """Makes paths absolute, since a run may be resumed from elsewhere, and counts the processes."""
+    """Makes paths absolute, since a run may be resumed from elsewhere; adds `processes`."""
     given = given | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
     for name, words in (("data", ("phantom",)), ("pretrained", ("none", "imagenet"))):
         if name in given and given[name] not in words:
@@ -211,15 +214,13 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> Settings:
-    """Reads what a run folder's `config.json` says of the run.
+    """Reads the settings in a run folder's `config.json`.
 
     Raises:
-        InputError: The folder holds no run.
+        InputError: The folder contains no run.
     """
     file = folder / "config.json"
     saved = read_json(file)
-    # Runs of before these options were there did without.
-    saved = {name: getattr(Settings(), name) for name in LATER} | saved
     names = [each.name for each in fields(Settings)]
     if missing := [name for name in names if name not in saved]:
         raise InputError(f"{file}: `{missing[0]}` is missing.")
@@ -242,14 +243,14 @@ def _resumed(out: Path, given: dict[str, Any]) -> Settings:
 
 
 def claim_folder(request: Request) -> Path:
-    """Makes the folder of a run; one that was not named gets a free name.
+    """Creates the folder of a run; picks a free name if none was given.
 
     Raises:
-        InputError: It cannot be made, or holds a run already.
+        InputError: The folder cannot be created, or already contains a run.
     """
     out = request.out or _free_folder(request.settings)
     if not request.resume and (out / "config.json").exists():
-        raise InputError(f"{out}: holds a run; give `--resume` to go on with it.")
+        raise InputError(f"{out}: contains a run; give `--resume` to continue it.")
     make_folder(out)
     return out
 

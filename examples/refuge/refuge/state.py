@@ -1,4 +1,4 @@
-"""What a resumed run needs to go on as if it had never stopped."""
+"""The state of a training run, saved so that it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ LAST = "last.pt"
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a network is trained.
+    """Everything that changes during training.
 
     Attributes:
-        network: What is trained.
-        optimizer: Updates it.
-        scaler: Scales the loss in half precision; None otherwise.
-        shuffle: Draws the order of the pictures.
-        epoch: Passes over the pictures so far.
+        network: The network.
+        optimizer: Its optimizer.
+        scaler: Gradient scaler for float16; None otherwise.
+        shuffle: Generator of the order of the pictures.
+        epoch: Number of epochs completed.
         seconds: Time spent in them.
-        best: Highest validation score of each part of the network so far.
-        stale: Validations since one was better than before.
+        best: Highest validation score so far, by part of the network.
+        stale: Validations since the last improvement.
         history: A row per epoch.
     """
 
@@ -50,15 +50,15 @@ class TrainingState:
     _losses: list[Mapping[str, Tensor]] = field(default_factory=list)
 
     def begin_epoch(self) -> None:
-        """Starts the clock of an epoch."""
+        """Starts an epoch's clock."""
         self._begun, self._losses = time.perf_counter(), []
 
     def note(self, losses: Mapping[str, Tensor]) -> None:
-        """Takes down an iteration's losses."""
+        """Records an iteration's losses."""
         self._losses.append(losses)
 
     def end_epoch(self) -> None:
-        """Counts the epoch and averages its losses; None for a task that was absent throughout."""
+        """Counts the epoch and averages its losses; None for a task without any."""
         self.epoch += 1
         row: dict[str, Any] = {"epoch": self.epoch}
         for task in TASKS:
@@ -68,7 +68,7 @@ class TrainingState:
         self.history.append(row)
 
     def improved(self, scores: Mapping[str, float | None]) -> list[str]:
-        """Notes the parts' validation scores; names those for which none before was as high."""
+        """Records the parts' validation scores; returns the parts with a new highest score."""
         names = []
         for name, score in scores.items():
             best = self.best.get(name)
@@ -79,7 +79,7 @@ class TrainingState:
         return names
 
     def ended(self, epochs: int, patience: int) -> bool:
-        """Tells whether all epochs are done, or so many validations brought nothing better."""
+        """Tells whether all epochs are done, or `patience` validations brought no improvement."""
         return self.epoch >= epochs or 0 < patience <= self.stale
 
     def save(self, folder: Path, processes: Processes) -> None:
@@ -107,10 +107,10 @@ class TrainingState:
         write_csv(folder / "history.csv", columns, rows)
 
     def load(self, file: Path, processes: Processes) -> None:
-        """Goes back to a checkpoint, each process to its own random draws.
+        """Restores a checkpoint, including each process's random generators.
 
         Raises:
-            InputError: The file is no checkpoint of such a run.
+            InputError: The file is not a checkpoint of such a run.
         """
         state = load_checkpoint(file)
         try:

@@ -1,4 +1,4 @@
-"""What a run is worth: validated while it trains, tested at its end."""
+"""Validates a run during training and tests it at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refuge.run import Run
 
 
 def validate(run: Run) -> None:
-    """Measures the weights on the validation photographs, and keeps them where none were better."""
+    """Evaluates the weights on the validation photographs; saves them if they are the best yet."""
     state, size = run.state, run.settings.size
     # All processes must agree on when to stop.
     metrics = run.processes.from_first(lambda: evaluate(run.trained, run.splits["val"]).metrics)
@@ -35,7 +35,7 @@ def validate(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """Takes the weights that validated best, chooses where to refer, tests, and writes the report.
+    """Chooses the operating point of the best weights, tests them and writes the report.
 
     Calibration and thresholds come from the validation photographs, which no weight was fitted to.
     """

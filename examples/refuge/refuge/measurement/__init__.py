@@ -1,1 +1,1 @@
-"""What a trained network says about photographs, and what that is worth."""
+"""Predictions of a trained network, and how good they are."""

@@ -1,4 +1,4 @@
-"""Glaucoma from the cup-to-disc ratio, and together with the network's own opinion."""
+"""Diagnosis from the cup-to-disc ratio, and combined with the network's own head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RatioClassifier(NamedTuple):
     intercept: float
 
     def probabilities(self, ratios: Array) -> Array:
-        """Gives the probability of glaucoma at each ratio; NaN where there is no ratio."""
+        """Returns the probability of glaucoma at each ratio; NaN stays NaN."""
         return np.asarray(expit(self.slope * ratios + self.intercept))
 
 
@@ -33,7 +33,7 @@ def fit_ratio_classifier(
         labels: 1 for glaucoma, 0 for none, -1 where unknown.
 
     Returns:
-        The classifier and "", or None and one line that says what it lacks.
+        The classifier and "", or None and the reason in one line.
     """
     usable = ~np.isnan(ratios) & (labels >= 0)
     if not usable.any():
@@ -45,7 +45,7 @@ def fit_ratio_classifier(
 
 
 def combine(*opinions: Array) -> Array:
-    """Averages the classifiers' probabilities, over those that have one; NaN where none has."""
+    """Averages the classifiers' probabilities, ignoring NaN; NaN where all are."""
     stacked = np.stack(opinions)
     present = ~np.isnan(stacked)
     total = np.where(present, stacked, 0).sum(axis=0)

@@ -1,4 +1,4 @@
-"""Runs the network over a split and measures what it says."""
+"""Evaluates a network on a split."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from refuge.photographs.data import Photographs, shrink
 Array = NDArray[np.float64]
 Metrics = dict[str, float | None]
 CPU = torch.device("cpu")
-DIAGNOSES = {"both": "", "fc": "_fc", "vcdr": "_vcdr"}  # and how their metrics' names end
+DIAGNOSES = {"both": "", "fc": "_fc", "vcdr": "_vcdr"}  # suffix of their metrics' names
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the network says about each photograph of a split, None for a task it did not learn.
+    """The network's predictions for a split; None for a task it did not learn.
 
     Attributes:
         masks: For disc and cup (n, size, size), after post-processing.
         points: Foveas (n, 2), x and y in input pixels.
-        probabilities: Of glaucoma (n,), by the network's own head.
+        probabilities: Probability of glaucoma (n,), by the network's own head.
         ratios: vCDR (n,), NaN where no disc was found.
     """
 
@@ -52,7 +52,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions for a split, the classifiers' probabilities, and what both are worth."""
+    """Predictions for a split, the classifiers' probabilities, and the metrics of both."""
 
     predictions: Predictions
     diagnoses: dict[str, Array]
@@ -61,15 +61,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with what its answers depend on.
+    """A trained network with the settings for its evaluation.
 
     Attributes:
         network: The network.
-        tasks: What it has learned; it is not asked anything else.
-        classifier: Turns vCDR into a probability; None where there is none.
-        autocast: Makes the context of the forward passes.
-        device: Where the network is.
-        second_pass: Whether the cup is looked for in the disc enlarged.
+        tasks: The tasks it has learned; no others are evaluated.
+        classifier: Maps vCDR to a probability; None if there is none.
+        autocast: Returns the context of a forward pass.
+        device: The network's device.
+        second_pass: Whether the cup is segmented in the enlarged disc.
     """
 
     network: nn.Module
@@ -81,33 +81,32 @@ class Trained:
 
     @torch.no_grad()
     def ask(self, images: Tensor) -> dict[str, Array]:
-        """Computes the probabilities of one photograph.
+        """Computes the probability maps of one photograph.
 
-        One at a time because batch statistics would let the photographs of a batch influence each
-        other.
+        One at a time: with batch statistics, the photographs of a batch would influence each other.
 
         Args:
             images: (1, 3, size, size).
 
         Returns:
-            For each task a map (size, size), for glaucoma a number.
+            A map (size, size) for each task, a number for glaucoma.
         """
         self.network.eval()
         with self.autocast():
             logits = self.network(images.to(self.device), self.tasks)
-        # In double precision a sigmoid far below zero keeps its mass, as the fovea's centre needs.
+        # In single precision, very negative logits would vanish from the fovea's centre of mass.
         return {task: each[0].double().sigmoid().cpu().numpy() for task, each in logits.items()}
 
 
 def evaluate(trained: Trained, photographs: Photographs) -> Evaluation:
-    """Predicts, diagnoses and measures a split."""
+    """Predicts and diagnoses a split, and computes the metrics."""
     predictions = predict(trained, photographs)
     diagnoses = diagnose(predictions, trained.classifier)
     return Evaluation(predictions, diagnoses, measure(predictions, photographs, diagnoses))
 
 
 def predict(trained: Trained, photographs: Photographs) -> Predictions:
-    """Asks the network for the tasks it has learned, one photograph at a time."""
+    """Predicts the tasks that the network has learned, one photograph at a time."""
     rows = range(len(photographs))
     predictions = summarise([trained.ask(photographs[row].images) for row in rows])
     if trained.second_pass and len(predictions.masks) == 2:
@@ -122,10 +121,10 @@ def predict(trained: Trained, photographs: Photographs) -> Predictions:
 
 @dataclass(frozen=True)
 class SecondLook:
-    """What the network says about a disc enlarged.
+    """Predictions for the enlarged disc.
 
     Attributes:
-        box: Where it lies, in pixels of the photograph.
+        box: The crop, in pixels of the photograph.
         disc: Probabilities, (size, size).
         cup: Probabilities, (size, size).
     """
@@ -136,12 +135,12 @@ class SecondLook:
 
     @property
     def ratio(self) -> float:
-        """VCDR."""
+        """The vertical cup-to-disc ratio."""
         disc, cup = (largest_component(each > 0.5) for each in (self.disc, self.cup))
         return vertical_cup_to_disc_ratio(disc, cup)
 
     def place(self, size: int, original: tuple[int, int]) -> NDArray[np.bool_]:
-        """Gives the cup in the whole photograph, resized to (size, size)."""
+        """Returns the cup within the whole photograph, resized to (size, size)."""
         cup, side = largest_component(self.cup > 0.5), self.box[2] - self.box[0]
         columns, rows = (
             np.floor(
@@ -158,12 +157,12 @@ class SecondLook:
 def look_again(
     trained: Trained, picture: Image.Image, disc: NDArray[np.bool_]
 ) -> SecondLook | None:
-    """Shows the network the disc that it found, enlarged; None where it found none.
+    """Applies the network to the disc that it found, enlarged; None if it found none.
 
     Args:
         trained: The network.
-        picture: The photograph, in its own size.
-        disc: The disc, in the network's.
+        picture: The photograph, at its own size.
+        disc: The disc, at the network's size.
     """
     mask = Image.fromarray(np.where(disc, 0, 255).astype(np.uint8))
     box = crop_box(mask.resize(picture.size, Image.Resampling.NEAREST))
@@ -175,7 +174,7 @@ def look_again(
 
 
 def summarise(answers: Sequence[Mapping[str, Array]]) -> Predictions:
-    """Makes masks, points and ratios of the probabilities of some photographs."""
+    """Turns the probability maps of some photographs into masks, points and ratios."""
     learned = answers[0].keys()
     masks: dict[str, NDArray[np.bool_]] = {
         task: np.stack([largest_component(each[task] > 0.5) for each in answers])
@@ -195,9 +194,9 @@ def summarise(answers: Sequence[Mapping[str, Array]]) -> Predictions:
 
 
 def diagnose(predictions: Predictions, classifier: RatioClassifier | None) -> dict[str, Array]:
-    """Gives each classifier's probabilities: "fc", "vcdr", and "both", their average.
+    """Returns each classifier's probabilities: "fc", "vcdr", and "both", their average.
 
-    A classifier that does not exist, or cannot judge a photograph, says NaN.
+    NaN stands for a classifier that does not exist or cannot judge a photograph.
     """
     silent = np.full(len(predictions.ratios), np.nan)
     fc = silent if predictions.probabilities is None else predictions.probabilities
@@ -208,7 +207,7 @@ def diagnose(predictions: Predictions, classifier: RatioClassifier | None) -> di
 def measure(
     predictions: Predictions, photographs: Photographs, diagnoses: dict[str, Array]
 ) -> Metrics:
-    """Measures predictions where the truth is known; None where it never is.
+    """Computes the metrics over the photographs with ground truth; None if there are none.
 
     Returns:
         AUC of the average of both classifiers and of each, the average's sensitivity and
@@ -232,7 +231,7 @@ def measure(
 def measure_intervals(
     evaluation: Evaluation, photographs: Photographs
 ) -> dict[str, Interval | None]:
-    """Gives each of the metrics' 95 % interval, None where there is no metric."""
+    """Returns each metric's 95 % interval, None if the metric is undefined."""
     labels, diagnoses = photographs.labels.numpy(), evaluation.diagnoses
     intervals: dict[str, Interval | None] = {}
     for name, key in DIAGNOSES.items():
@@ -251,7 +250,7 @@ def measure_intervals(
 def score_pictures(
     predictions: Predictions, photographs: Photographs, diagnoses: dict[str, Array]
 ) -> dict[str, Array]:
-    """Gives for each metric that is a mean what it is the mean of: NaN where nothing is known."""
+    """Returns the values per photograph of each metric that is a mean; NaN where unknown."""
     labels = photographs.labels.numpy()
     columns: dict[str, Array] = {}
     right = np.where(np.isnan(diagnoses["both"]), np.nan, (diagnoses["both"] >= 0.5) == labels)
@@ -278,7 +277,7 @@ def score_pictures(
 
 
 def score(metrics: Metrics, size: int, tasks: Sequence[str]) -> float | None:
-    """Averages what was measured of both Dice, 1 - Brier score and 1 - fovea error / side.
+    """Averages those that are defined of both Dice, 1 - Brier score and 1 - fovea error / side.
 
     The Brier score, not the AUC: a small validation split has too few positives to rank. A network
     that does not segment is judged by its own head alone.

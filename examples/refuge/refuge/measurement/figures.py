@@ -1,4 +1,4 @@
-"""The pictures of a run folder."""
+"""Figures of a run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ History = Sequence[Mapping[str, Any]]
 
 
 def draw_pictures(file: Path, photographs: Photographs, count: int = 12) -> None:
-    """Shows the first photographs as the network gets them, with their labels."""
+    """Draws the first photographs at the network's input size, with their labels."""
     names = {1: "glaucoma", 0: "no glaucoma", -1: "not labelled"}
     figure, axes = grid(min(count, len(photographs)), columns=4)
     for row, ax in enumerate(axes):
@@ -36,11 +36,11 @@ def draw_overlays(
     """Draws outlines of disc and cup and the fovea, true and predicted, over photographs.
 
     Args:
-        file: Where to.
+        file: The file to write.
         photographs: The split.
-        predictions: What the network says about it.
-        source: Where the photographs come from, for the title.
-        count: How many, spread over the split.
+        predictions: Predictions for it.
+        source: Name of the photographs, for the title.
+        count: Number of photographs to draw, spread over the split.
     """
     count = min(count, len(photographs))
     figure, axes = grid(count, columns=4)
@@ -65,7 +65,7 @@ def draw_overlays(
 
 
 def draw_learning_curves(file: Path, history: History, source: str) -> None:
-    """Draws losses over the epochs and, below, what validation measured."""
+    """Draws training losses and validation metrics over the epochs."""
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
     for column in dict.fromkeys(column for row in history for column in row):
@@ -90,7 +90,7 @@ def draw_roc(
     areas: Mapping[str, float | None],
     source: str,
 ) -> None:
-    """Draws the ROC curve of each classifier that has an area under it."""
+    """Draws the ROC curve of each classifier with a known area under it."""
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     ax = figure.subplots()
     for name, area in areas.items():
@@ -111,14 +111,14 @@ def draw_reliability(
     source: str,
     bins: int = 5,
 ) -> None:
-    """Draws how often glaucoma is there when a probability is said, in bins of equal size.
+    """Draws the share of glaucoma against the predicted probability, in bins of equal count.
 
     Args:
-        file: Where to.
-        labels: Of each photograph, 1 for glaucoma.
-        said: Probabilities by name.
-        source: Where the photographs come from, for the title.
-        bins: How many points.
+        file: The file to write.
+        labels: 1 for glaucoma, by photograph.
+        said: Predicted probabilities by name.
+        source: Name of the photographs, for the title.
+        bins: Number of points.
     """
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     ax = figure.subplots()
@@ -127,13 +127,13 @@ def draw_reliability(
         points = [(probabilities[part].mean(), labels[part].mean()) for part in parts]
         ax.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
     ax.plot((0, 1), (0, 1), ":", color="grey")
-    ax.set(xlabel="probability said", ylabel="share with glaucoma", title=source, aspect="equal")
+    ax.set(xlabel="predicted", ylabel="share with glaucoma", title=source, aspect="equal")
     ax.legend()
     save(figure, file)
 
 
 def grid(count: int, columns: int, side: float = 2.2) -> tuple[Figure, list[Axes]]:
-    """Makes a figure of so many empty axes, `side` inches each."""
+    """Returns a figure with `count` empty axes of `side` inches each."""
     rows = -(-count // columns)
     figure = Figure(figsize=(side * columns, (side + 0.1) * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -143,12 +143,12 @@ def grid(count: int, columns: int, side: float = 2.2) -> tuple[Figure, list[Axes
 
 
 def show(ax: Axes, photographs: Photographs, row: int) -> None:
-    """Shows a photograph."""
+    """Draws a photograph at the network's input size."""
     ax.imshow(photographs.pictures[row].permute(1, 2, 0).cpu().numpy(), interpolation="bicubic")
 
 
 def show_original(ax: Axes, photographs: Photographs, row: int) -> None:
-    """Shows a photograph in its own size, on the axes of the network's input."""
+    """Draws a photograph at its own size, in coordinates of the network's input."""
     edge = photographs.size - 0.5
     picture = photographs.records[row].read()[0]
     ax.imshow(np.asarray(picture), extent=(-0.5, edge, edge, -0.5))
@@ -161,5 +161,5 @@ def outline(ax: Axes, mask: NDArray[np.bool_], colour: str, style: str) -> None:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
+    """Writes a figure as PNG atomically."""
     write_whole(file, lambda opened: figure.savefig(opened, format="png", dpi=130))

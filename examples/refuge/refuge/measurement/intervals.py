@@ -1,4 +1,4 @@
-"""How sure a measurement is: 95 % intervals by the bootstrap over photographs."""
+"""Confidence intervals: 95 %, by the bootstrap over photographs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DRAWS = 1000
 
 
 class Bootstrap:
-    """Draws photographs with replacement, always the same draws for the same number.
+    """Resamples photographs with replacement, the same way for the same number.
 
     Args:
-        count: How many photographs there are.
-        draws: How often so many of them are drawn.
+        count: Number of photographs.
+        draws: Number of resamples.
     """
 
     def __init__(self, count: int, draws: int = DRAWS) -> None:
@@ -28,13 +28,13 @@ class Bootstrap:
             self.weights += np.random.default_rng(0).multinomial(count, chances, draws)
 
     def mean(self, values: Array) -> Interval | None:
-        """Interval of the mean of the values that are numbers; None where none is."""
+        """Returns the interval of the mean of the values that are not NaN; None if all are."""
         there = ~np.isnan(values)
         total, weight = self.weights[:, there] @ values[there], self.weights[:, there].sum(axis=1)
         return _interval(total[weight > 0] / weight[weight > 0])
 
     def auc(self, labels: NDArray[np.integer], scores: Array) -> Interval | None:
-        """Interval of the area under the ROC curve, over the draws that hold both classes."""
+        """Returns the interval of the area under the ROC curve, where both classes occur."""
         sick, well = labels == 1, labels == 0
         difference = scores[sick, None] - scores[well]
         order = (difference > 0) + 0.5 * (difference == 0)
@@ -46,7 +46,7 @@ class Bootstrap:
     def sensitivity(
         self, labels: NDArray[np.integer], scores: Array, specificity: float
     ) -> Interval | None:
-        """Interval of the sensitivity at a specificity, the ROC curve drawn from point to point."""
+        """Returns the interval of the sensitivity at a specificity, interpolating the ROC curve."""
         if len(np.unique(labels)) < 2:
             return None
         order = np.argsort(-scores, kind="stable")
@@ -64,7 +64,7 @@ class Bootstrap:
 
 
 def show_interval(interval: Interval | None, form: str = ".2f") -> str:
-    """Writes an interval behind its number; nothing where there is none."""
+    """Formats an interval to follow its number; empty if there is none."""
     return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
 
 

@@ -1,4 +1,4 @@
-"""From probabilities to a decision: calibration and thresholds, chosen on validation."""
+"""The operating point: calibration and decision thresholds, chosen on validation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from refuge.metrics import rates
 Array = NDArray[np.float64]
 Labels = NDArray[np.integer]
 FILE = "operating_point.json"
-LEAST = 10  # photographs of each class: with fewer, a sensitivity is known to 30 points at best
+MINIMUM_PER_CLASS = 10  # with fewer, a sensitivity is known to 30 points at best
 SPECIFICITY = 0.85  # the challenge's reference
 RULES = {
     "specificity": f"specificity at least {SPECIFICITY} on validation",
@@ -30,25 +30,25 @@ RULES = {
 
 
 class Calibration(NamedTuple):
-    """Platt's scaling: a logistic regression on the logit of a probability."""
+    """Platt scaling: a logistic regression on the logit of a probability."""
 
     slope: float
     intercept: float
 
     def probabilities(self, probabilities: Array) -> Array:
-        """Gives calibrated probabilities; NaN stays NaN."""
+        """Returns calibrated probabilities; NaN stays NaN."""
         return np.asarray(expit(self.slope * _logit(probabilities) + self.intercept))
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """How a run decides: calibrated probabilities at or above a threshold are referred.
+    """A run's decision rule: calibrated probabilities at or above a threshold are referred.
 
     Attributes:
-        calibration: Of the average of both classifiers.
-        thresholds: By rule, on the calibrated probability.
-        validation: By rule, sensitivity and specificity where the threshold was chosen.
-        test: By rule, the same on the test split, and their 95 % intervals.
+        calibration: Calibration of the average of both classifiers.
+        thresholds: Thresholds on the calibrated probability, by rule.
+        validation: Sensitivity and specificity on validation, by rule.
+        test: The same on the test split, with 95 % intervals.
     """
 
     calibration: Calibration
@@ -70,10 +70,10 @@ def choose_point(labels: Labels, average: Array) -> tuple[OperatingPoint | None,
     usable = (labels >= 0) & ~np.isnan(average)
     labels, average = labels[usable], average[usable]
     sick, well = int((labels == 1).sum()), int((labels == 0).sum())
-    if min(sick, well) < LEAST:
+    if min(sick, well) < MINIMUM_PER_CLASS:
         return None, (
             f"no decision threshold: validation has {sick} pictures with glaucoma and {well} "
-            f"without, and needs {LEAST} of each."
+            f"without, and needs {MINIMUM_PER_CLASS} of each."
         )
     model = LogisticRegression(C=100).fit(_logit(average)[:, None], labels)
     calibration = Calibration(float(model.coef_[0, 0]), float(model.intercept_[0]))
@@ -94,7 +94,7 @@ def choose_point(labels: Labels, average: Array) -> tuple[OperatingPoint | None,
 def measure_point(
     point: OperatingPoint, labels: Labels, average: Array
 ) -> dict[str, dict[str, Any]]:
-    """Measures the decisions on photographs that had no part in choosing them."""
+    """Measures the decisions on other photographs than those that chose the thresholds."""
     risks = point.calibration.probabilities(average)
     labels = np.where(np.isnan(average), -1, labels)
     measured: dict[str, dict[str, Any]] = {}
@@ -108,7 +108,7 @@ def measure_point(
 
 
 def write_point(folder: Path, point: OperatingPoint | None, reason: str) -> None:
-    """Writes how a run decides, or why it does not."""
+    """Writes a run's operating point, or the reason why there is none."""
     content: Mapping[str, Any] = {"missing": reason}
     if point:
         content = asdict(point) | {"calibration": point.calibration._asdict(), "rules": RULES}
@@ -116,7 +116,7 @@ def write_point(folder: Path, point: OperatingPoint | None, reason: str) -> None
 
 
 def read_point(folder: Path) -> tuple[OperatingPoint | None, str]:
-    """Reads how a run decides; None and a line where it does not.
+    """Reads a run's operating point; None and the reason if there is none.
 
     Raises:
         InputError: The file is damaged.

@@ -1,4 +1,4 @@
-"""A page with a card for each eye: what the network saw, and whether it would refer."""
+"""Writes an HTML page with a card for each photograph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from refuge.files import write_text
 
-ORDER = ("refer", "ungradable", "no sign", "")  # those to look at first
+ORDER = ("refer", "ungradable", "no sign", "")  # most urgent first
 STYLE = """
 body { font: 16px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem }
 article { border: 1px solid #bbb; border-left-width: .6rem; border-radius: .3rem; margin: 1rem 0;
@@ -25,13 +25,13 @@ dd { margin: 0 }
 
 @dataclass(frozen=True)
 class Card:
-    """What the page shows of one photograph.
+    """One photograph on the page.
 
     Attributes:
-        name: Of its file.
-        picture: Where the drawing lies, beside the page.
+        name: Name of its file.
+        picture: Path of the drawing, relative to the page.
         verdict: As in predictions.csv.
-        numbers: By name; NaN where there is none.
+        numbers: Values by name; NaN where one is unknown.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Card:
 
 
 def write_page(file: Path, cards: Sequence[Card], source: str, how: str) -> None:
-    """Writes the page, the eyes to look at first."""
+    """Writes the page, referred photographs first."""
     ordered = sorted(cards, key=lambda card: ORDER.index(card.verdict))
     body = "\n".join(map(_article, ordered))
     write_text(

@@ -1,4 +1,4 @@
-"""What a run folder says at its end: metrics, figures, and a table for the eye."""
+"""Writes and prints the results of a run: metrics, figures and a table."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def write_report(
 
     Args:
         out: The run folder.
-        source: Where the photographs come from.
+        source: Name of the photographs.
         photographs: The test split.
-        evaluation: What the network's best weights make of it.
+        evaluation: Its evaluation by the network's best weights.
         history: A row per epoch.
-        point: How the run decides; None where it does not.
-        facts: What else `metrics.json` shall hold; `notes` among them is printed too.
+        point: The run's operating point, if it has one.
+        facts: Further entries of `metrics.json`; `notes` among them is printed too.
     """
     figures = out / "figures"
     draw_learning_curves(figures / "learning_curves.png", history, source)
@@ -58,9 +58,10 @@ def write_measured(
     point: OperatingPoint | None,
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes what was measured of a split, and what each photograph got; prints a table.
+    """Writes the metrics of a split and a row per photograph; prints a table.
 
-    `metrics.json` is the test split of a run's own photographs; `facts` then say more of the run.
+    `metrics.json` is written for the test split of a run's own photographs, whose `facts` include
+    "parameters".
     """
     metrics, intervals = evaluation.metrics, measure_intervals(evaluation, photographs)
     decisions = decide(point, photographs, evaluation)
@@ -81,7 +82,7 @@ def draw_diagnosis(
     point: OperatingPoint | None,
     source: str,
 ) -> None:
-    """Draws the ROC curves and, where there is a calibration, what its probabilities are worth."""
+    """Draws the ROC curves and, if there is a calibration, its reliability diagram."""
     labels, diagnoses = photographs.labels.numpy(), evaluation.diagnoses
     areas = {name: evaluation.metrics[f"glaucoma_auc{key}"] for name, key in DIAGNOSES.items()}
     if all(area is None for area in areas.values()):
@@ -97,7 +98,7 @@ def draw_diagnosis(
 def decide(
     point: OperatingPoint | None, photographs: Photographs, evaluation: Evaluation
 ) -> dict[str, dict[str, Any]]:
-    """Measures the decisions at a run's own thresholds, by rule."""
+    """Measures the decisions at a run's thresholds, by rule."""
     if point is None:
         return {}
     return measure_point(point, photographs.labels.numpy(), evaluation.diagnoses["both"])
@@ -106,7 +107,7 @@ def decide(
 def write_predictions(
     file: Path, photographs: Photographs, evaluation: Evaluation, point: OperatingPoint | None
 ) -> None:
-    """Writes a row per photograph as CSV; a cell is empty where there is no number."""
+    """Writes a row per photograph as CSV; unknown values are empty cells."""
     predictions, diagnoses = evaluation.predictions, evaluation.diagnoses
     silent = np.full(len(photographs), np.nan)
     calibrated = point.calibration.probabilities(diagnoses["both"]) if point else silent
@@ -130,7 +131,7 @@ def write_predictions(
 
 
 def missing_ratios(evaluation: Evaluation) -> list[str]:
-    """Says how many photographs got no vCDR though the network looks for disc and cup."""
+    """Returns a note on how many photographs have no vCDR for want of a disc, if any."""
     lost = int(np.isnan(evaluation.predictions.ratios).sum())
     if lost == 0 or len(evaluation.predictions.masks) < 2:
         return []
@@ -145,14 +146,14 @@ def format_table(
     decisions: Mapping[str, Mapping[str, Any]] | None = None,
     point: OperatingPoint | None = None,
 ) -> str:
-    """Lays the metrics out in lines; a dash where nothing could be measured.
+    """Formats the metrics as a table; a dash stands for a metric that is undefined.
 
     Args:
-        metrics: What was measured.
+        metrics: The metrics.
         size: Side of the network's input.
-        intervals: 95 % intervals of it.
-        decisions: What the decisions at the run's own thresholds are worth.
-        point: Those thresholds.
+        intervals: Their 95 % intervals.
+        decisions: Sensitivity and specificity at the run's thresholds, by rule.
+        point: The operating point with those thresholds.
     """
     between = intervals or {}
 
@@ -190,7 +191,7 @@ def format_table(
 def show_rates(
     rates: Mapping[str, float | None], prefix: str, intervals: Mapping[str, Interval | None]
 ) -> str:
-    """Writes sensitivity and specificity with their intervals."""
+    """Formats sensitivity and specificity with their intervals."""
     names = ("sensitivity", "specificity")
     values = {name: rates[f"{prefix}{name}"] for name in names}
     return ", ".join(

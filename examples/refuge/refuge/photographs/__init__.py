@@ -1,1 +1,1 @@
-"""Where photographs come from: REFUGE as released or re-packed, and synthetic phantoms."""
+"""Reads photographs: REFUGE as released or re-packed, or synthetic phantoms."""

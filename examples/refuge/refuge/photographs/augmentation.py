@@ -1,4 +1,4 @@
-"""Photographs that were not taken: turned, mirrored and lit in another way."""
+"""Data augmentation: flips, affine transforms, colour."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]  # not typ
 
 from refuge.photographs.data import Batch
 
-# Left eyes become right ones; no more than another camera or another hand would do.
+# Left eyes become right eyes; otherwise no more than cameras and operators vary.
 CHANGES = (
     v2.RandomHorizontalFlip(),
     v2.RandomAffine(
@@ -23,12 +23,12 @@ CHANGES = (
 
 
 def augment(batch: Batch, change: v2.Transform | None = None) -> Batch:
-    """Changes each picture in a way of its own, its masks and its fovea with it.
+    """Transforms each picture at random, together with its masks and its fovea.
 
     Args:
-        batch: The pictures and their truth.
-        change: The transform; by default all of `CHANGES`. It draws from torch's generator, whose
-            state a checkpoint keeps.
+        batch: The pictures and their ground truth.
+        change: The transform; by default all of `CHANGES`. It draws from torch's global generator,
+            whose state is part of a checkpoint.
     """
     change = change or v2.Compose(CHANGES)
     size = batch.images.shape[-2:]
@@ -36,7 +36,7 @@ def augment(batch: Batch, change: v2.Transform | None = None) -> Batch:
     for row in range(len(batch.images)):
         masks = torch.stack((batch.targets["disc"][row], batch.targets["cup"][row]))
         box = torch.ones(1, 4, device=batch.images.device)
-        # Boxes, unlike our points, count from the corner of the first pixel.
+        # Boxes count from the corner of the first pixel, our points from its centre.
         box[0, :2] = batch.targets["fovea"][row].nan_to_num() + 0.5
         image, masks, box = change(
             tv_tensors.Image(batch.images[row]),

@@ -1,4 +1,4 @@
-"""The photographs of one split, decoded once and kept as tensors."""
+"""Data sets of photographs, decoded once and held as tensors."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from refuge.photographs.records import Record
 from refuge.photographs.released import is_released, released_records
 from refuge.photographs.repacked import SPLITS, is_repacked, repacked_records
 
-PHANTOM = 256  # side of a phantom, which like a photograph is shrunk for the network
-HELD_OUT = 0.05  # share that validates where no split does; a small set needs the rest to train
+PHANTOM = 256  # side of a phantom, which is resized for the network as a photograph is
+HELD_OUT = 0.05  # validation share if there is no such split; small sets need the rest to train
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some photographs and their truth.
+    """Photographs and their ground truth.
 
     Attributes:
         images: (n, 3, size, size) in [0, 1].
         targets: disc and cup (n, size, size), fovea (n, 2) in input pixels, glaucoma (n,);
-            without meaning where a picture is not annotated.
-        known: For each task (n,), whether the truth is known; on the CPU, so that asking does
-            not wait for a device.
+            meaningless where a picture is not annotated.
+        known: For each task (n,), whether the truth is known; on the CPU, to avoid waiting for a
+            device.
     """
 
     images: Tensor
@@ -48,16 +48,16 @@ class Batch:
     known: dict[str, Tensor]
 
     def to(self, device: torch.device) -> Batch:
-        """Moves pictures and truth to a device, without waiting for it."""
+        """Copies pictures and truth to a device asynchronously."""
         targets = {task: t.to(device, non_blocking=True) for task, t in self.targets.items()}
         return Batch(self.images.to(device, non_blocking=True), targets, self.known)
 
     def labelled(self, task: str) -> Tensor:
-        """Gives the rows whose truth is known."""
+        """Returns the rows whose truth is known."""
         return self.known[task].nonzero().squeeze(1)
 
     def only(self, tasks: Sequence[str]) -> Batch:
-        """Leaves out the pictures that none of the tasks is annotated on."""
+        """Returns the pictures annotated for at least one of the tasks."""
         known = torch.stack([self.known[task] for task in tasks]).any(0)
         if known.all():
             return self
@@ -70,10 +70,10 @@ class Photographs(Dataset[Batch]):
     """A split: resized photographs and masks in memory, points in original pixels.
 
     Args:
-        records: What to decode.
+        records: The photographs to decode.
         size: Side of the network's input in pixels.
-        title: What the progress bar says.
-        cache: File that keeps the decoded tensors for the next run; None for no such file.
+        title: Title of the progress bar.
+        cache: File for the decoded tensors; None to cache nothing.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class Photographs(Dataset[Batch]):
                 write_tensors(cache, tensors, key)
         self.pictures, self.masks = tensors["pictures"], tensors["masks"]
         self.sizes, self.ratios = tensors["sizes"], tensors["ratios"]
-        # What a batch is made of; perhaps on a device, where the rest need not be.
+        # The tensors of a batch; `keep_on` may move these to a device.
         self._kept = [self.pictures, self.masks, self.input_points(), self.labels]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, rows: int | Sequence[int] | Tensor) -> Batch:
-        """Gives the photographs of some rows as a batch, where the pictures lie."""
+        """Returns the photographs of some rows as a batch, on the pictures' device."""
         rows = torch.as_tensor(rows).reshape(-1)
         known = {task: known[rows] for task, known in self.known.items()}
         rows = rows.to(self._kept[0].device, non_blocking=True)
@@ -114,12 +114,12 @@ class Photographs(Dataset[Batch]):
         return Batch(pictures.float() / 255, targets, known)
 
     def input_points(self) -> Tensor:
-        """Gives the foveas in pixels of the network's input."""
-        # A pixel's centre, not its corner, has whole coordinates.
+        """Returns the foveas in pixels of the network's input."""
+        # Whole coordinates are the centres of pixels, not their corners.
         return (self.points + 0.5) * self.size / self.sizes - 0.5
 
     def keep_on(self, device: torch.device) -> None:
-        """Moves pictures and masks to a GPU that has room, so that iterations need not wait."""
+        """Moves pictures and masks to a GPU with enough memory, to save later copies."""
         if device.type != "cuda":
             return
         free, _ = torch.cuda.mem_get_info(device)
@@ -127,17 +127,17 @@ class Photographs(Dataset[Batch]):
             self._kept = [each.to(device) for each in self._kept]
 
     def tasks(self) -> tuple[str, ...]:
-        """Names the tasks that at least one picture is annotated for."""
+        """Returns the tasks that at least one picture is annotated for."""
         return tuple(task for task in TASKS if self.known[task].any())
 
 
 def describe(data: str) -> str:
-    """Names the photographs that `--data` means, as every figure and table does."""
+    """Returns the name of the photographs behind `--data`, for figures and tables."""
     return "synthetic phantoms" if data == "phantom" else Path(data).name
 
 
 def shrink(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Resizes a photograph for the network, to (3, size, size)."""
+    """Resizes a photograph to the network's input, (3, size, size)."""
     return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
@@ -151,19 +151,19 @@ def load_splits(
     fold: tuple[int, int] | None = None,
     second_pass: bool = False,
 ) -> dict[str, Photographs]:
-    """Finds out what kind of data is meant and decodes it.
+    """Detects the kind of data and decodes it.
 
     Args:
-        data: "phantom", or a folder that holds REFUGE as released or in re-packed form.
+        data: "phantom", or a folder with REFUGE as released or in re-packed form.
         size: Side of the network's input in pixels.
-        seed: Draws the pictures held out for validation where there is no such split.
+        seed: Seed for the pictures held out if there is no validation split.
         cache: Folder for decoded tensors; phantoms need none.
-        wanted: Which splits of "train", "val" and "test".
-        fold: Which fold of how many tests; None for the splits that the data have.
-        second_pass: Whether the discs of the training pictures are trained on too, enlarged.
+        wanted: Subset of "train", "val" and "test".
+        fold: The fold to test and the number of folds; None to use the data's own splits.
+        second_pass: Whether to add crops of the discs to the training pictures.
 
     Raises:
-        InputError: The folder is no data set, or a file in it cannot be used.
+        InputError: The folder is not a data set, or a file in it cannot be used.
     """
     folder = Path(data)
     try:
@@ -201,7 +201,7 @@ def _find_records(folder: Path) -> dict[str, list[Record]]:
     if is_released(folder):
         return released_records(folder)
     raise InputError(
-        f"{folder}: no data set; expected train/index.json or Training400 in this folder."
+        f"{folder}: not a data set; expected train/index.json or Training400 in this folder."
     )
 
 
@@ -215,7 +215,7 @@ def _hold_out(records: list[Record], seed: int) -> dict[str, list[Record]]:
 
 
 def _fingerprint(records: Sequence[Record], size: int) -> str:
-    """Changes with the size, the annotations, and what lies in the files."""
+    """Returns a key that changes with the size, the annotations and the files."""
     lines = [str(size)]
     for record in records:
         lines += [f"{record.name} {sorted(record.annotated)} {record.fovea}"]
@@ -224,7 +224,7 @@ def _fingerprint(records: Sequence[Record], size: int) -> str:
                 status = file.stat()
             except OSError as error:
                 raise InputError(f"{file}: not readable ({error.strerror}).") from error
-            # Masks are of one size, and their times may be too; only ctime tells of a new name.
+            # Masks all have one size and may have one mtime; only ctime reveals a renamed file.
             times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
             lines += [f"{file} {status.st_size} {times}"]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Cross-validation: every photograph of a small set tests once."""
+"""Cross-validation: every photograph of a small set is tested once."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from refuge.photographs.records import Record
 def deal(
     splits: Mapping[str, Sequence[Record]], fold: int, folds: int, seed: int
 ) -> dict[str, list[Record]]:
-    """Deals the photographs of all splits anew: a fold tests, the next validates, others train.
+    """Splits all photographs into folds: one is tested, the next validated, the others train.
 
     Classes, and photographs with the same annotations, are spread evenly over the folds.
 
     Args:
-        splits: The photographs; which split each was in does not matter.
-        fold: Which one tests, from 1.
-        folds: How many there are.
-        seed: Draws the order in which they are dealt; the same for all folds.
+        splits: The photographs; their own splits are ignored.
+        fold: The fold to test, from 1.
+        folds: Number of folds.
+        seed: Seed of the order, which is the same for all folds.
     """
     records = [record for split in splits.values() for record in split]
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    # A sort keeps the drawn order within each kind.
+    # The sort is stable: within a kind the order stays random.
     alike = sorted(order, key=lambda i: (records[i].label or 0, sorted(records[i].annotated)))
     parts: list[list[int]] = [sorted(alike[start::folds]) for start in range(folds)]
     test, val = fold - 1, fold % folds

@@ -1,6 +1,6 @@
 """Phantoms: synthetic fundus photographs, drawn from a seed.
 
-They stand in for REFUGE, which nobody may ship. Lengths are in radii of the field of view,
+They stand in for REFUGE, which may not be redistributed. Lengths are in radii of the field of view,
 whose centre is the origin; x runs to the right and y down, as in the picture.
 """
 
@@ -21,7 +21,7 @@ from refuge.photographs.vessels import draw_vessels
 Array = NDArray[np.float64]
 
 FIELD = 0.965  # radius of the field of view, in half sides of the picture
-# Colours of the fundus, as the red and the orange of one camera and another, and a pale one.
+# Colours of the fundus: the red of one camera, the orange of another, and a pale one.
 PIGMENTS = np.array(((224.0, 72.0, 42.0), (196.0, 96.0, 24.0), (184.0, 112.0, 82.0)))
 POSITIVES = 0.4
 COUNTS = {"train": 480, "val": 80, "test": 160}
@@ -29,10 +29,10 @@ COUNTS = {"train": 480, "val": 80, "test": 160}
 
 @dataclass(frozen=True)
 class Eye:
-    """What there is to know about one synthetic eye, before it is drawn.
+    """Parameters of one synthetic eye.
 
     Attributes:
-        seed: Seed of everything about the picture that carries no label.
+        seed: Seed of everything in the picture that carries no label.
         glaucoma: The label.
         temporal: +1 where the macula lies to the right of the disc, otherwise -1.
         disc: Centre of the optic disc.
@@ -55,11 +55,11 @@ class Eye:
 
 
 def phantom_records(size: int, counts: dict[str, int] = COUNTS) -> dict[str, list[Record]]:
-    """Lists the phantoms of each split, always the same ones.
+    """Returns the phantoms of each split, always the same ones.
 
     Args:
         size: Side of the pictures in pixels.
-        counts: How many each split has; a longer split starts with the shorter one's pictures.
+        counts: Number per split; a longer split starts with the same pictures as a shorter one.
     """
     return {
         split: [_phantom(f"{split}{i:04}.png", 100_000 * part + i, size) for i in range(count)]
@@ -76,7 +76,7 @@ def _phantom(name: str, seed: int, size: int) -> Record:
 
 
 def draw_eye(seed: int) -> Eye:
-    """Draws an eye: where things are, and the signs of glaucoma.
+    """Samples the parameters of an eye: its geometry and the signs of glaucoma.
 
     The cup of a glaucomatous eye is wider, but the classes overlap (0.60 and 0.43, both with a
     standard deviation of 0.09). A notch of the rim and a defect of the nerve-fibre layer, which
@@ -108,7 +108,7 @@ def draw_eye(seed: int) -> Eye:
 
 
 def draw_phantom(eye: Eye, size: int) -> tuple[Image.Image, Image.Image]:
-    """Draws the photograph of an eye and its mask.
+    """Renders the photograph of an eye and its mask.
 
     Args:
         eye: The eye.
@@ -154,7 +154,7 @@ def _grid(size: int) -> tuple[Array, Array]:
 
 
 def _noise(rng: np.random.Generator, cells: int, size: int) -> Array:
-    """Smooth noise with `cells` bumps a side, the same at every size."""
+    """Returns smooth noise with `cells` bumps per side, the same at every size."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
 
@@ -164,19 +164,19 @@ def _bump(x: Array, y: Array, centre: tuple[float, float], width: float) -> Arra
 
 
 def _step(distance: Array, softness: float) -> Array:
-    """0 far below zero, 1 far above it, with an edge about `softness` wide."""
+    """Returns 0 far below zero, 1 far above it, with a ramp `softness` wide between."""
     return np.clip(distance / softness + 0.5, 0, 1)
 
 
 def _fundus(eye: Eye, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Choroid, pigment and macula: the fundus without disc and vessels."""
+    """Renders choroid, pigment and macula: the fundus without disc and vessels."""
     size = len(x)
     colour = rng.dirichlet((1.6, 1.0, 0.5)) @ PIGMENTS * rng.uniform(0.88, 1.05)
     # Ridges of smooth noise look like the choroid's own vessels behind a thin pigment layer.
     bands = _noise(rng, 26, size) + 0.8 * _noise(rng, 44, size)
     tigroid = np.exp(-((bands / 0.6) ** 2)) - 0.5
     mottle = 0.6 * _noise(rng, 4, size) + 0.3 * _noise(rng, 40, size) + 0.25 * _noise(rng, 90, size)
-    # Most are smooth; some are tessellated all over, but for the macula.
+    # Most fundi are smooth; some are tessellated except at the macula.
     strength = 0.30 * rng.beta(0.7, 2.0)
     away = 1 - 0.85 * _bump(x, y, eye.fovea, 0.35)
     texture = 1 + strength * tigroid * away + rng.uniform(0.015, 0.045) * mottle
@@ -190,7 +190,7 @@ def _fundus(eye: Eye, x: Array, y: Array, rng: np.random.Generator) -> Array:
 
 
 def _defect(eye: Eye, distance: Array, angle: Array, rng: np.random.Generator) -> Array:
-    """How much darker a nerve-fibre-layer defect makes each pixel: an arc that widens outwards."""
+    """Returns how much a nerve-fibre-layer defect darkens each pixel: a widening arc."""
     if eye.defect is None:
         return np.zeros_like(distance)
     # Nerve fibres bend around the macula, and so does the wedge they leave.
@@ -201,7 +201,7 @@ def _defect(eye: Eye, distance: Array, angle: Array, rng: np.random.Generator) -
 
 
 def _cup_edge(eye: Eye, angle: Array, rng: np.random.Generator) -> Array:
-    """Edge of the cup at each angle, as a fraction of the disc's."""
+    """Returns the edge of the cup at each angle, as a fraction of the disc's."""
     wide = eye.vcdr * rng.uniform(0.92, 1.08)
     edge = wide * eye.vcdr / np.hypot(wide * np.sin(angle), eye.vcdr * np.cos(angle))
     if eye.notch is not None:
@@ -221,26 +221,26 @@ def _paint_disc(
 ) -> Array:
     edge = max(0.10, 2.5 / (size * eye.radii[1]))
     pallor = rng.uniform(0, 1)
-    # Pink, and the more so on the nasal side; the pale cup is what is bright.
+    # The rim is pink, more so on the nasal side; the brightest part is the pale cup.
     rim_colour = np.array((240.0, 130 + 24 * pallor, 66 + 20 * pallor))
     rim_colour = rim_colour + 0.10 * np.cos(angle)[..., None] * np.array((20.0, 130.0, 90.0))
     rim_colour = rim_colour + rng.uniform(0.0, 0.3) * (tissue.mean(axis=(0, 1)) - rim_colour)
     cup_colour = np.array((252.0, 216 + 18 * pallor, 140 + 40 * pallor))
     halo = rng.uniform(0.0, 0.25) * np.exp(-np.clip(reach - 1, 0, None) / 0.18) * (reach > 0.9)
     tissue = tissue + halo[..., None] * (rim_colour - tissue)
-    # A crescent of thinned or heaped pigment beside the disc, mostly on the temporal side.
+    # A crescent of thin or dense pigment around the disc, mostly on the temporal side.
     crescent = rng.beta(0.5, 1.2) * np.clip(np.cos(angle - rng.normal(0, 0.5)), 0, 1) ** 2
     ring = np.exp(-(((reach - 1.08) / 0.10) ** 2))
     tissue = tissue * (1 + rng.choice((-0.4, 0.45)) * (crescent * ring)[..., None])
     inside = _step(rim - reach, edge)[..., None]
     tissue = tissue + inside * (rim_colour * (1 + 0.03 * _noise(rng, 60, size)[..., None]) - tissue)
-    # The edge lies astride the mask's, so that the eye and the mask agree.
+    # The soft edge is centred on the mask's edge, so that picture and mask agree.
     inside = _step(cup - reach, 1.4 * edge)[..., None]
     return np.asarray(tissue + inside * rng.uniform(0.75, 1.0) * (cup_colour - tissue))
 
 
 def _aperture(x: Array, y: Array, size: int, rng: np.random.Generator) -> Array:
-    """The field of view: a sharp disc, with a tab that tells which side is up, perhaps cropped."""
+    """Returns the field of view: a sharp disc, perhaps cropped, perhaps with an orientation tab."""
     soft = max(0.012, 3 / size)
     seen = _step(1 - np.hypot(x, y), soft)
     turned = np.deg2rad(rng.uniform(-45, -30))
@@ -255,7 +255,7 @@ def _aperture(x: Array, y: Array, size: int, rng: np.random.Generator) -> Array:
 def _photograph(
     tissue: Array, x: Array, y: Array, size: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """What the camera adds: uneven light, haze, blur, grain and the round field of view."""
+    """Adds what a camera does: uneven light, haze, blur, grain and the round field of view."""
     radius = np.hypot(x, y)
     direction = rng.uniform(0, 2 * np.pi)
     slope = rng.uniform(0, 0.16) * (x * np.cos(direction) + y * np.sin(direction))

@@ -1,4 +1,4 @@
-"""One photograph and what is known about it, before it is decoded."""
+"""Photographs and their annotations, before they are decoded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refuge.errors import InputError
 Pair = tuple[Image.Image, Image.Image | None]
 MASK_VALUES = (0, 128, 255)  # cup, rim, background
 
-# More pixels than any fundus camera has: a line about the file, not a warning without it.
+# More pixels than any fundus camera has: an error that names the file, not a bare warning.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -28,10 +28,10 @@ class Record:
     Attributes:
         name: File name of the photograph, with its ending.
         annotated: Tasks whose truth is known.
-        label: 1 for glaucoma, 0 for none; None where unknown.
+        label: 1 for glaucoma, 0 for none; None if unknown.
         fovea: x and y in the photograph's own pixels, (0, 0) the centre of the first one.
-        read: Decodes the photograph and, where disc or cup is annotated, the mask.
-        files: What `read` reads, so that a cache can tell whether it changed.
+        read: Decodes the photograph and, if disc or cup is annotated, the mask.
+        files: The files that `read` reads, so that a cache can detect changes.
     """
 
     name: str
@@ -50,15 +50,15 @@ def file_record(
     fovea: tuple[float, float] | None,
     size: tuple[float, float] | None = None,
 ) -> Record:
-    """Makes the record of a photograph and a mask that lie in files.
+    """Returns the record of a photograph and a mask stored in files.
 
     Args:
         picture: The photograph's file.
-        mask: The mask's file; None where neither disc nor cup is annotated.
+        mask: The mask's file; None if neither disc nor cup is annotated.
         annotated: Tasks whose truth is known.
         label: As in `Record`.
         fovea: As in `Record`.
-        size: Width and height that an index states; the photograph must agree.
+        size: Width and height according to an index; the photograph must agree.
     """
     files = (picture,) if mask is None else (picture, mask)
     read = partial(_read, picture, mask, fovea, size)
@@ -66,7 +66,7 @@ def file_record(
 
 
 def by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """Groups files that have one name but for the ending, upper and lower case being the same."""
+    """Groups files by name without suffix, ignoring case."""
     groups: dict[str, list[Path]] = {}
     for file in files:
         groups.setdefault(file.stem.casefold(), []).append(file)
@@ -74,7 +74,7 @@ def by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def only(files: Sequence[Path]) -> Path:
-    """Gives the file that is meant by a name; copies of one another count as one.
+    """Returns the only file of a name; identical copies count as one.
 
     Raises:
         InputError: The files differ.
@@ -82,12 +82,12 @@ def only(files: Sequence[Path]) -> Path:
     first, *others = files
     for other in others:
         if other.read_bytes() != first.read_bytes():
-            raise InputError(f"{other}: differs from {first}; one of the two must go.")
+            raise InputError(f"{other}: differs from {first}; remove one of the two.")
     return first
 
 
 def to_number(value: object) -> float | None:
-    """Reads a finite number, stored as one or as text; None where it is neither."""
+    """Parses a finite number, stored as such or as text; None if it is neither."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -154,17 +154,17 @@ def _read_mask(file: Path) -> Image.Image:
 
 
 def _decode(file: Path) -> Image.Image:
-    """Gives RGB, or RGBA where pixels are transparent; 8-bit greys and deep pixels as they are."""
+    """Decodes to RGB, or RGBA if pixels are transparent; keeps 8-bit grey and deeper pixels."""
     try:
         with Image.open(file) as image:
-            # Annotations are taken to be made on the picture as viewers show it. Sizes tell
-            # where that is wrong, but not those of a square picture or one turned by 180 degrees.
+            # Annotations are assumed to refer to the picture as viewers show it. Sizes reveal
+            # where that is wrong, except for square pictures and rotations by 180 degrees.
             shown = ImageOps.exif_transpose(image)
         if shown.mode.startswith(("I", "F")):  # `convert` would clip them
             return shown
         if shown.has_transparency_data:
             return shown.convert("RGBA")
         return shown if shown.mode == "L" else shown.convert("RGB")
-    # Pillow's decoders raise nearly anything for a damaged file.
+    # Pillow's decoders raise nearly any exception for a damaged file.
     except Exception as error:
         raise InputError(f"{file}: not a readable picture ({error}).") from error

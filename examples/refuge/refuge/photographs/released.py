@@ -52,15 +52,15 @@ FOLDER_LABELS = {"Glaucoma": 1, "Non-Glaucoma": 0, "G": 1, "N": 0}
 
 
 def is_released(folder: Path) -> bool:
-    """Tells whether REFUGE's own training folder lies in a folder, at whatever depth."""
+    """Tells whether a folder contains REFUGE's own training folder, at any depth."""
     return any(f.is_dir() and not _is_shadow(folder, f) for f in folder.rglob("Training400"))
 
 
 def released_records(folder: Path) -> dict[str, list[Record]]:
-    """Finds the splits that are there, by REFUGE's own folder names.
+    """Reads the splits that exist, found by REFUGE's own folder names.
 
     Args:
-        folder: Where the zip files were unpacked; folders between are tolerated.
+        folder: Where the zip files were unpacked; extra folders in between are allowed.
 
     Raises:
         InputError: A picture lacks its mask, its row or its label, or a row its picture; or two
@@ -73,7 +73,7 @@ def released_records(folder: Path) -> dict[str, list[Record]]:
 
 
 def _is_shadow(folder: Path, file: Path) -> bool:
-    # macOS adds such shadows of every file to the zips it packs.
+    # macOS adds hidden copies like these to its zip files.
     parts = file.relative_to(folder).parts
     return "__MACOSX" in parts or any(part.startswith(".") for part in parts)
 
@@ -128,13 +128,13 @@ def _read_table(table: Path, layout: Layout) -> dict[str, tuple[Any, ...]]:
     """Reads ImgName, Fovea_X, Fovea_Y and the label (None without a column) by picture."""
     try:
         with warnings.catch_warnings():
-            # openpyxl warns of Excel's own extensions, which no value depends on.
+            # openpyxl warns of Excel's extensions, which do not affect the values.
             warnings.simplefilter("ignore")
             content = io.BytesIO(table.read_bytes())
             sheet = openpyxl.load_workbook(content, read_only=True, data_only=True).active
-            sheet.reset_dimensions()  # what the file says of them may be wrong
+            sheet.reset_dimensions()  # the file's own statement may be wrong
             rows = [[_strip(cell) for cell in row] for row in sheet.values]
-    # openpyxl raises nearly anything for a damaged file.
+    # openpyxl raises nearly any exception for a damaged file.
     except Exception as error:
         raise InputError(f"{table}: not a readable Excel file ({error}).") from error
     filled = [row for row in rows if any(cell is not None for cell in row)]

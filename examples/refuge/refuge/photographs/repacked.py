@@ -26,13 +26,13 @@ def is_repacked(folder: Path) -> bool:
 
 
 def repacked_records(folder: Path) -> dict[str, list[Record]]:
-    """Reads the indexes of the splits that are there.
+    """Reads the splits that exist.
 
     Args:
-        folder: Holds `{train,val,test}/index.json`.
+        folder: Contains `{train,val,test}/index.json`.
 
     Raises:
-        InputError: An index cannot be read, or names a file or a column that there is none of.
+        InputError: An index cannot be read, or names a file or a column that does not exist.
     """
     return {split: _read_split(folder / split) for split in SPLITS if (folder / split).is_dir()}
 
@@ -40,7 +40,7 @@ def repacked_records(folder: Path) -> dict[str, list[Record]]:
 def _read_split(folder: Path) -> list[Record]:
     index = folder / "index.json"
     try:
-        # Windows' editors put a mark of UTF-8 in front.
+        # Windows' editors start UTF-8 files with a byte order mark.
         text = index.read_text(encoding="utf-8-sig")
         entries = json.loads(text, object_pairs_hook=_without_repeats)
     except (OSError, ValueError, RecursionError) as error:
@@ -51,7 +51,7 @@ def _read_split(folder: Path) -> list[Record]:
     records: dict[str, Record] = {}
     for key, entry in entries.items():
         record = _read_entry(index, f'{index}: entry "{key}"', entry, listing)
-        # Masks are found by this name: two pictures cannot share it.
+        # Masks are found by this name, so two pictures cannot share it.
         stem = Path(record.name).stem.casefold()
         if stem in records:
             raise InputError(f'{index}: entry "{key}": {record.name} is in an entry before it.')

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 Array = NDArray[np.float64]
 Points = NDArray[np.complexfloating]
 
-VEIN = np.array((0.36, 0.68, 0.62))  # how much of red, green and blue a vessel absorbs
+VEIN = np.array((0.36, 0.68, 0.62))  # share of red, green and blue that a vessel absorbs
 ARTERY = np.array((0.15, 0.48, 0.46))
 FINE = 4  # vessels are drawn this much finer than the picture, then averaged
 
@@ -35,7 +35,7 @@ def draw_vessels(
     field: float,
     rng: np.random.Generator,
 ) -> Array:
-    """Lays veins and arteries over the fundus.
+    """Draws veins and arteries over the fundus.
 
     Args:
         tissue: The fundus, (size, size, 3).
@@ -43,11 +43,11 @@ def draw_vessels(
         fovea: Centre of the macula, which vessels spare.
         radius: Half height of the disc; widths follow it.
         field: Radius of the field of view in half sides of the picture.
-        rng: Source of all variation.
+        rng: Random generator.
     """
     size = len(tissue)
     contrast = rng.uniform(0.65, 1.0)
-    # Arteries leave the disc inside of the veins, thinner and brighter.
+    # Arteries leave the disc on the inner side of the veins; they are thinner and brighter.
     for absorbed, width, inside in ((VEIN, 0.150, 0.0), (ARTERY, 0.105, 1.0)):
         vessels = _grow_trees(disc, fovea, radius, width * radius, inside, rng)
         cover = _rasterise(vessels, size, field, fovea)
@@ -67,12 +67,12 @@ def _grow_trees(
     distance = abs(fovea - disc)
     temporal = 1 if fovea.real > disc.real else -1
     up_and_down = np.array((-1, 1))
-    # They come up at the nasal edge of the cup.
+    # Vessels emerge at the nasal edge of the cup.
     roots = disc + radius * (
         rng.normal(0, 0.06, 2) - 0.32 * temporal + 1j * (rng.normal(0, 0.08, 2) + 0.1 * up_and_down)
     )
 
-    # Steeply out of the disc, then around the macula, the turn fading with distance.
+    # Arcades leave the disc steeply and bend around the macula, less so with distance.
     steep = np.deg2rad(rng.uniform(82, 108, (2, 1)) - 24 * inside)
     bend = distance * rng.uniform(0.54, 0.68, (2, 1))
     length = (1.7 + 0.2 * inside) * distance
@@ -107,12 +107,12 @@ def _walk(
     restless: float,
     rng: np.random.Generator,
 ) -> Vessels:
-    """Vessels that leave `starts`, follow `headings` (n, k) and wander about them, thinning."""
+    """Grows vessels from `starts` along `headings` (n, k), wandering and getting thinner."""
     count, steps = headings.shape
     gone = np.arange(steps + 1) / steps
     wander = rng.normal(0, 0.06 * restless, (count, steps + 2))
     wander = np.cumsum(wander[:, 2:] + wander[:, 1:-1] + wander[:, :-2], axis=1)
-    # Besides, vessels wind, each at a pace of its own.
+    # Vessels also wind, each with its own frequency.
     waves = rng.uniform(2.5, 5, (count, 1)) * lengths[:, None] * gone[1:]
     winding = rng.uniform(0.08, 0.30, (count, 1)) * np.sin(
         2 * np.pi * (waves + rng.uniform(0, 1, (count, 1)))
@@ -133,7 +133,7 @@ def _branch(
     rows = np.arange(count)[:, None]
     along = parents.points[rows, at + 1] - parents.points[rows, at - 1]
     leaves = np.angle(along) + side * rng.uniform(0.45, 0.95, at.shape)
-    # A branch turns back towards the way its parent was going.
+    # A branch turns back towards its parent's direction.
     turns = side * rng.uniform(0.1, 0.9, at.shape)
     headings = leaves[..., None] - turns[..., None] * np.linspace(0, 1, steps)
     lengths = longest * rng.uniform(0.43, 1, at.shape)
@@ -144,7 +144,7 @@ def _branch(
 
 
 def _rasterise(vessels: list[Vessels], size: int, field: float, fovea: complex) -> Array:
-    """Fraction of each pixel that vessels cover, fading out around the fovea."""
+    """Returns the fraction of each pixel covered by vessels, fading out around the fovea."""
     fine = FINE * size
     canvas = Image.new("L", (fine, fine))
     pen = ImageDraw.Draw(canvas)
@@ -152,7 +152,7 @@ def _rasterise(vessels: list[Vessels], size: int, field: float, fovea: complex) 
         pixels = ((1 + 1j + field * some.points) * fine / 2).view(np.float64)
         widths = some.widths * field * fine / 2
         fade = np.clip((abs(some.points - fovea) - 0.08) / 0.22, 0, 1)
-        # A line thinner than a pixel of the fine canvas keeps its width as fainter ink.
+        # A line thinner than a pixel of the fine canvas is drawn fainter instead.
         inks = (255 * fade * np.minimum(1, widths / 1.5)).astype(int)
         pens = np.maximum(1, np.rint(widths)).astype(int)
         for line, ink, wide in zip(pixels.tolist(), inks.tolist(), pens.tolist(), strict=True):

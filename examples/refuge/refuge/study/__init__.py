@@ -1,1 +1,1 @@
-"""The paper's tables and figures, made of finished runs."""
+"""Tables and figures of the paper, from finished runs."""

@@ -1,4 +1,4 @@
-"""The pictures of a study, numbered as in the paper."""
+"""Figures of a study, numbered as in the paper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = {"independent": "deepskyblue", "single": "gold"}
 
 
 def draw_roc_curves(file: Path, runs: Sequence[FinishedRun], title: str) -> None:
-    """Figure 1: ROC of the averaged classifiers, a curve for each run."""
+    """Draws Figure 1: ROC of the averaged classifiers, a curve for each run."""
     figure = Figure(figsize=(4.8, 4.8), layout="constrained")
     ax = figure.subplots()
     for run in runs:
@@ -41,7 +41,7 @@ def draw_roc_curves(file: Path, runs: Sequence[FinishedRun], title: str) -> None
 
 
 def draw_by_rate(out: Path, runs: Sequence[FinishedRun], title: str) -> None:
-    """Figures 2 and 3: each task's metric, and the final training loss, against learning rate."""
+    """Draws Figures 2 and 3: each task's metric and final training loss by learning rate."""
     methods = list(dict.fromkeys(run.settings.method for run in runs))
     metrics = Figure(figsize=(8, 6), layout="constrained")
     losses = Figure(figsize=(8, 6), layout="constrained")
@@ -74,7 +74,7 @@ def draw_by_rate(out: Path, runs: Sequence[FinishedRun], title: str) -> None:
 def draw_comparison(
     file: Path, photographs: Photographs, trained: Mapping[str, Trained], title: str
 ) -> None:
-    """Figure 4: foveas, and outlines of disc and cup, as they are and as the networks say."""
+    """Draws Figure 4: fovea and outlines of disc and cup, true and predicted."""
     labels = photographs.labels.tolist()
     rows = [labels.index(label) for label in (1, 0) if label in labels] or [0]
     figure, axes = grid(len(rows), columns=len(rows), side=4.2)
@@ -107,7 +107,7 @@ def draw_comparison(
 
 
 def draw_saliency(file: Path, photographs: Photographs, trained: Trained, title: str) -> None:
-    """Figure 6: a photograph, its saliency map, and the map that a network makes of it."""
+    """Draws Figure 6: a photograph, its saliency map, and a network's prediction of it."""
     row = int(photographs.known["fovea"].int().argmax())
     figure, axes = grid(3, columns=3, side=3)
     show(axes[0], photographs, row)

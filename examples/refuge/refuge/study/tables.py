@@ -1,4 +1,4 @@
-"""The tables of a study: runs gathered, averaged over seeds, beside the published numbers."""
+"""Tables of a study: runs averaged over seeds, with the published numbers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FinishedRun:
     metrics: Mapping[str, Any]
 
     def value(self, column: str) -> float | None:
-        """Gives a metric as the tables show it: percent, and pixels of a side of 256."""
+        """Returns a metric in the tables' unit: percent, or pixels of a side of 256."""
         value = self.metrics[column]
         if value is None:
             return None
@@ -73,7 +73,7 @@ def read_run(settings: Settings, folder: Path) -> FinishedRun:
 
 
 def choose_rates(runs: Sequence[FinishedRun]) -> dict[str, float]:
-    """Chooses for each method the learning rate whose run validated best."""
+    """Returns for each method the learning rate whose run validated best."""
     best: dict[str, FinishedRun] = {}
     for run in runs:
         method = run.settings.method
@@ -87,10 +87,10 @@ def write_table(file: Path, name: str, title: str, runs: Sequence[FinishedRun]) 
     """Writes mean ± standard deviation over seeds or folds, and the published numbers, as Markdown.
 
     Args:
-        file: Where to.
+        file: The file to write.
         name: "table1" or "table2".
-        title: What the runs are of.
-        runs: All of them, of one learning rate for each method.
+        title: Description of the runs.
+        runs: All runs, with one learning rate for each method.
     """
     methods = list(dict.fromkeys(run.settings.method for run in runs))
     header = ["model", "parameters (1e6)", "s per iteration", *COLUMNS.values()]
@@ -118,7 +118,7 @@ def write_table(file: Path, name: str, title: str, runs: Sequence[FinishedRun]) 
 
 
 def write_runs(file: Path, runs: Sequence[FinishedRun]) -> None:
-    """Writes a row per run, with everything that was measured, as CSV."""
+    """Writes a row per run, with all metrics, as CSV."""
     keys = [
         key for key in runs[0].metrics if key not in ("data", "notes", "intervals", "decisions")
     ]
@@ -133,7 +133,7 @@ def write_runs(file: Path, runs: Sequence[FinishedRun]) -> None:
 
 
 def write_rates(file: Path, title: str, runs: Sequence[FinishedRun]) -> None:
-    """Writes what each learning rate came to, as Markdown; the chosen ones are bold."""
+    """Writes the results of each learning rate as Markdown, the chosen ones in bold."""
     chosen = choose_rates(runs)
     rows = []
     for run in runs:
