@@ -21,7 +21,7 @@ from mtlopt._gradients.arithmetic import combine, gram
 from mtlopt.methods.pcgrad import project_conflicts
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
-from network import MultiTaskUNet
+from refuge.network import MultiTaskUNet
 
 COUNTS = (2, 4, 8, 16, 40)
 PEERS = {

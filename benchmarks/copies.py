@@ -19,7 +19,7 @@ import mtlopt
 from steps import Problem, make_step
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
-from network import TASKS
+from refuge.network import TASKS
 
 SEEN = {
     "copies to the host": "Memcpy DtoH",
