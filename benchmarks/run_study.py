@@ -1,8 +1,8 @@
 """Methods x learning rates x seeds on a problem, under one protocol.
 
-    python benchmarks/run_study.py --problem adult            # one that lies in study_problems/
-    python benchmarks/run_study.py --problem my_problem.py    # one of your own
-    python benchmarks/run_study.py --report                   # tables and pictures of what was run
+    python -m benchmarks.run_study --problem adult            # one that lies in study/problems/
+    python -m benchmarks.run_study --problem my_problem.py    # one of your own
+    python -m benchmarks.run_study --report                   # tables and pictures of what was run
 
 A second call goes on where the first one stopped. The protocol:
 
@@ -25,10 +25,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-import study_rows
-from study_methods import SUM, TUNED, names
-from study_plan import plan_all
-from study_runs import Config, load, measure_costs, run
+from benchmarks.study import results
+from benchmarks.study.costs import measure_costs
+from benchmarks.study.methods import SUM, TUNED, names
+from benchmarks.study.plan import Config, plan_all
+from benchmarks.study.problem import load
+from benchmarks.study.training import run
 
 RESULTS = Path(__file__).parent / "results" / "study"
 
@@ -39,16 +41,16 @@ def study(name: str, options: argparse.Namespace) -> None:
     label = Path(name).stem
     problem = load(name)
     methods = [m for m in names(problem) if not options.methods or m in options.methods]
-    known = {row["method"] for row in study_rows.load(costs, label)}
+    known = {row["method"] for row in results.load_rows(costs, label)}
     if missing := [m for m in dict.fromkeys([*methods, SUM]) if m not in known]:
         # The plain sum is measured anew beside those that are: its ratio to them is what counts.
         measured = measure_costs(name, list(dict.fromkeys([SUM, *missing])), options.repetitions)
         if SUM in known:
-            old = next(r for r in study_rows.load(costs, label) if r["method"] == SUM)
+            old = next(r for r in results.load_rows(costs, label) if r["method"] == SUM)
             ratio = float(old["seconds"]) / measured[0]["seconds"]
             measured = [m | {"seconds": m["seconds"] * ratio} for m in measured[1:]]
-        study_rows.append(costs, study_rows.COSTS, [{"problem": label} | m for m in measured])
-    seconds = {r["method"]: float(r["seconds"]) for r in study_rows.load(costs, label)}
+        results.append_rows(costs, results.COSTS, [{"problem": label} | m for m in measured])
+    seconds = {r["method"]: float(r["seconds"]) for r in results.load_rows(costs, label)}
 
     def until(method: str) -> int:
         if method == TUNED:  # its step is the plain sum's
@@ -60,7 +62,7 @@ def study(name: str, options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(options.processes, context) as pool, tqdm(desc=label) as bar:
         going: dict[Future[dict[str, Any]], Config] = {}
         while True:
-            done = study_rows.load(runs, label)
+            done = results.load_rows(runs, label)
             for config in plan_all(methods, done, options.seeds)[0]:
                 if config not in going.values():
                     going[pool.submit(run, name, config, until(config.method))] = config
@@ -71,7 +73,7 @@ def study(name: str, options: argparse.Namespace) -> None:
                 break
             for future in wait(going, return_when=FIRST_COMPLETED).done:
                 del going[future]
-                study_rows.append(runs, study_rows.RUNS, [{"problem": label} | future.result()])
+                results.append_rows(runs, results.RUNS, [{"problem": label} | future.result()])
 
 
 def main() -> None:
@@ -90,7 +92,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes: one core each
     for name in [] if options.report else options.problem:
         study(name, options)
-    from study_report import write_report  # not in every process: it takes seconds
+    from benchmarks.study.report import write_report  # not in every process: it takes seconds
 
     write_report(options.out, options.problem)
 

@@ -1,6 +1,6 @@
 """Multi-Fashion with the loss of one task times 100, as if in another unit."""
 
-from study_problems import fashion
+from benchmarks.study.problems import fashion
 
 
 class Problem(fashion.Problem):

@@ -22,13 +22,13 @@ def write(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def read(text: str) -> dict[str, float]:
+def read_metrics(text: str) -> dict[str, float]:
     """Reads a cell of metrics."""
     pairs = (pair.rpartition("=") for pair in text.split(";") if pair)
     return {name: float(value) for name, _, value in pairs}
 
 
-def append(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def append_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows in one write, behind the header and the last whole line."""
     columns = list(columns)
     text = io.StringIO()
@@ -47,7 +47,7 @@ def append(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]
         file.write(text.getvalue().encode())
 
 
-def load(path: Path, problem: str | None = None) -> list[dict[str, str]]:
+def load_rows(path: Path, problem: str | None = None) -> list[dict[str, str]]:
     """Reads the whole lines, of one problem or of all."""
     if not path.exists():
         return []

@@ -1,6 +1,6 @@
 """What passes between host and device in a step of the glaucoma network, by the profiler.
 
-python benchmarks/copies.py
+python -m benchmarks.transfers
 
 Three tasks share the decoder and four the encoder. A copy to the host makes it wait for all that
 the device has to do; so does a copy of ordinary memory to the device. On a processor nothing is
@@ -14,9 +14,9 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-import measured
 import mtlopt
-from steps import Problem, make_step
+from benchmarks import timing
+from benchmarks.steps import Problem, make_step
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
 from network import TASKS
@@ -58,7 +58,7 @@ def make_steps(problem: Callable[[], Problem]) -> dict[str, Callable[[], object]
 
 
 def main() -> None:
-    parser = measured.make_parser(__doc__)
+    parser = timing.make_parser(__doc__)
     parser.set_defaults(repetitions=3)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--size", type=int, default=64)
@@ -71,7 +71,7 @@ def main() -> None:
     for name, step in make_steps(lambda: Problem(options)).items():
         step()
         step()
-        measured.synchronize(options.device)
+        timing.synchronize(options.device)
         with profile(activities=activities) as found:
             for _ in range(options.repetitions):
                 step()
@@ -83,7 +83,7 @@ def main() -> None:
         f"{options.batch_size}, Adam; the mean of {options.repetitions} steps. The batch lies on "
         "the device.\n\n"
     )
-    measured.write_results(options, "copies", text + measured.write_table(["step", *SEEN], rows))
+    timing.write_results(options, "transfers", text + timing.write_table(["step", *SEEN], rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Adult with 90 % of the labels of one task missing: most rows are labelled for income alone."""
 
-from study_problems import adult
+from benchmarks.study.problems import adult
 
 
 class Problem(adult.Problem):

@@ -9,7 +9,7 @@ import torchjd.scalarization as S
 from torch import nn
 
 import mtlopt
-from study_runs import Defaults
+from benchmarks.study.problem import Defaults
 
 REFERENCE, SUM, TUNED = "single", "sum", "tuned sum"
 Build = Callable[[Defaults, Sequence[Any], float], Any]

@@ -1,6 +1,6 @@
 """The two-task toy of CAGrad (Liu et al., 2021), as Nash-MTL and FAMO use it too.
 
-    python benchmarks/study_toy.py    # half an hour; writes toy.npz, toy.md and toy.png
+    python -m benchmarks.toy    # half an hour; writes toy.npz, toy.md and toy.png
 
 From five starts, with Adam at 1e-3 and the first loss times 0.1, 1 and 100. Which point of the
 front a method ends at should not depend on the unit of a loss.
@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mtlopt
-from measured import write_table
-from study_methods import AGGREGATORS
+from benchmarks.study.methods import AGGREGATORS
+from benchmarks.timing import write_table
 
 RESULTS = Path(__file__).parent / "results" / "study"
 TASKS = ("first", "second")

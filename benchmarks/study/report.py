@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, SymmetricalLogLocator
 from scipy.stats import rankdata
 
-import study_rows
-from measured import write_table
-from study_methods import REFERENCE, SUM, TUNED, names
-from study_plan import plan_all
-from study_runs import load
+from benchmarks.study.methods import REFERENCE, SUM, TUNED, names
+from benchmarks.study.plan import plan_all
+from benchmarks.study.problem import load
+from benchmarks.study.results import load_rows, read_metrics
+from benchmarks.timing import write_table
 
 Values = dict[str, dict[int, dict[str, float]]]
 """Of each method, of each seed, the metrics on the test split."""
@@ -99,7 +99,7 @@ def verdict(differences: Sequence[float]) -> str:
 
 def collect(folder: Path, problems: Mapping[str, str]) -> list[Results]:
     """Reads the results of every problem that has some."""
-    runs, costs = study_rows.load(folder / "runs.csv"), study_rows.load(folder / "costs.csv")
+    runs, costs = load_rows(folder / "runs.csv"), load_rows(folder / "costs.csv")
     found = []
     for label in dict.fromkeys(row["problem"] for row in runs):
         problem = load(problems.get(label, label))
@@ -119,7 +119,7 @@ def collect(folder: Path, problems: Mapping[str, str]) -> list[Results]:
                 rates[method] = f"{choice.lr:g}"
                 for name, values in (("test", results.tests), ("test_at_time", results.at_time)):
                     values[method] = {
-                        int(row["seed"]): study_rows.read(row[name])
+                        int(row["seed"]): read_metrics(row[name])
                         for row in good
                         if (float(row["lr"]), int(row["weighting"])) == wanted
                     }

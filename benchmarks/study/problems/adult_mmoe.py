@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from study_problems import adult
+from benchmarks.study.problems import adult
 
 
 class Experts(nn.Module):

@@ -4,7 +4,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shlex
@@ -18,7 +17,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ("torchvision", "torchjd", "pytorch_optimizer", "gradnorm-pytorch")
 
 Case = Callable[[], Callable[[], object]]
@@ -32,7 +32,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # what a separate process measures
     return parser
 
 
@@ -78,16 +78,21 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def program() -> str:
+    """Returns the name of the program that is running."""
+    return Path(sys.argv[0]).stem
+
+
 def in_processes(
     options: argparse.Namespace, children: Sequence[str], arguments: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Runs this program once for each child, in a process of its own; returns what each printed."""
+    """Runs this program in a separate process per child; returns what each printed."""
     results = []
     for child in children:
-        command = [sys.executable, sys.argv[0], "--child", child]
+        command = [sys.executable, "-m", f"benchmarks.{program()}", "--child", child]
         command += ["--device", options.device, "--repetitions", str(options.repetitions)]
         command += arguments
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"measured {child}", file=sys.stderr)
     return results
@@ -120,7 +125,7 @@ def write_results(options: argparse.Namespace, what: str, text: str) -> None:
     today = datetime.date.today().isoformat()
     hardware = describe_hardware(options.device)
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = shlex.join(["python", "-m", f"benchmarks.{program()}", *sys.argv[1:]])
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     versions += [f"{name} {version}" for name in PEERS if (version := _version(name))]
     head = f"# {what.replace('_', ' ').capitalize()}\n\n"

@@ -3,15 +3,24 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from study_methods import SUM, TUNED
-from study_runs import Config
+from benchmarks.study.methods import SUM, TUNED
 
 GRID = range(-7, -2)  # learning rates 10^(k/2): 3.2e-4 to 3.2e-2
 LIMITS = (-14, 2)
 WEIGHTINGS = range(1, 7)
 FINALISTS = 2
 """How many of the best with the first seed train with all: one seed chooses by chance."""
+
+
+class Config(NamedTuple):
+    """What a run is a function of, beside its problem."""
+
+    method: str
+    lr: float
+    weighting: int
+    seed: int
 
 
 def rate(k: int) -> float:

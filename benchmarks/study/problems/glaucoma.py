@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "refuge"))
+sys.path.append(str(Path(__file__).parents[3] / "examples" / "refuge"))
 from losses import task_losses
 from measurement.evaluation import summarise
 from metrics import auc, dice
