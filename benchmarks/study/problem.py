@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,26 +17,33 @@ PROBLEMS = Path(__file__).parent / "problems"
 
 
 class Defaults:
-    """What a problem's class `Problem` need not say itself, and what it must (without a value)."""
+    """What a problem's class `Problem` must define (no value here), and what it may."""
 
     tasks: tuple[str, ...]
     model: nn.Module
     lower_is_better: Sequence[str] = ()
     """Metrics that are errors."""
     single = True
-    """Whether each task has a metric of its own name, so that it can be learned alone."""
+    """Whether each task is also trained alone; its metric then has its name."""
     steps = 300
+    """The first number of steps that may be the plateau; doubled while that helps."""
+    doublings = 3
     evaluations = 10
     features: nn.Module | Sequence[nn.Module] | None = None
     """The modules whose outputs the tasks share."""
     shared: Sequence[nn.Parameter] | None = None
     """The last parameters that all tasks share, for GradNorm."""
+    weightings: Mapping[str, Mapping[str, float]] | None = None
+    """Weights for the tuned sum, by name, instead of those that are searched by default."""
+    left_out: Sequence[str] = ()
+    """Methods that take too long."""
+    seed: int
 
     def __init__(self, seed: int) -> None:
         raise NotImplementedError
 
     def batches(self) -> Iterator[tuple[Any, ...]]:
-        """Yields training batches for ever."""
+        """Yields training batches without end."""
         raise NotImplementedError
 
     def losses(self, tasks: Sequence[str], *batch: Any) -> dict[str, Any]:
@@ -48,33 +54,10 @@ class Defaults:
         """Returns the metrics on "validation" or "test", at the present weights."""
         raise NotImplementedError
 
-    seed: int
-
-    def weightings(self) -> list[dict[str, float]]:
-        """The weighted sums that are searched: equal, by the first losses' inverse, around that.
-
-        The first losses are those of seed 0 in every run.
-        """
-        with torch.random.fork_rng(devices=[]):
-            first = make(type(self), 0)
-        values = first.losses(self.tasks, *next(first.batches()))
-        sizes = np.array([abs(float(value_of(values[task]))) for task in self.tasks])
-        inverse = -np.log10(np.maximum(sizes, 1e-12))
-        around = np.random.default_rng(0).uniform(-1, 1, (2, len(sizes)))
-        around -= around.mean(1, keepdims=True)
-        around *= np.array([[0.5], [0.25]]) / np.abs(around).max(1, keepdims=True)
-        a, b = around
-        exponents = [0 * inverse, inverse, inverse / 2]
-        exponents += [inverse + shift for shift in (a, -a, b, -b)]
-        powers = [10.0**exponent for exponent in exponents]
-        return [
-            dict(zip(self.tasks, map(float, power / power.mean()), strict=True)) for power in powers
-        ]
-
 
 def value_of(loss: Any) -> Tensor:
     """Returns the loss without its count."""
-    value: Tensor = (loss[0] if isinstance(loss, tuple) else loss).detach()
+    value: Tensor = loss[0] if isinstance(loss, tuple) else loss
     return value
 
 

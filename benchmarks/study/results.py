@@ -1,4 +1,4 @@
-"""The file of results: a row per finished run, readable by anything, whole after a kill."""
+"""The files of results: a row per finished run, readable by anything, whole after a kill."""
 
 import csv
 import io
@@ -6,13 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-RUNS = (
-    *("problem", "method", "lr", "weighting", "seed"),
-    *("score", "step", "validation", "test"),
-    *("score_at_time", "step_at_time", "validation_at_time", "test_at_time"),
-    *("seconds", "error"),
-)
-COSTS = ("problem", "method", "seconds", "forward", "backward")
+from benchmarks.study.plan import Config
+
+RUNS = (*Config._fields, "score", "step", "validation", "test", "seconds", "error")
+COSTS = ("method", "seconds", "forward", "backward", "error")
 
 
 def write(value: Any) -> str:
@@ -26,6 +23,18 @@ def read_metrics(text: str) -> dict[str, float]:
     """Reads a cell of metrics."""
     pairs = (pair.rpartition("=") for pair in text.split(";") if pair)
     return {name: float(value) for name, _, value in pairs}
+
+
+def read_config(row: Mapping[str, str]) -> Config:
+    """Reads which run a row is of."""
+    return Config(
+        row["method"], float(row["lr"]), row["variant"], int(row["seed"]), int(row["steps"])
+    )
+
+
+def read_scores(rows: Iterable[Mapping[str, str]]) -> dict[Config, float]:
+    """Reads the validation scores of finished runs, which is all that the plan knows of them."""
+    return {read_config(row): float(row["score"] or "-inf") for row in rows}
 
 
 def append_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -47,10 +56,9 @@ def append_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, 
         file.write(text.getvalue().encode())
 
 
-def load_rows(path: Path, problem: str | None = None) -> list[dict[str, str]]:
-    """Reads the whole lines, of one problem or of all."""
+def load_rows(path: Path) -> list[dict[str, str]]:
+    """Reads the whole lines."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    return [row for row in rows if problem in (None, row["problem"])]
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))

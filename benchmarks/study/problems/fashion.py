@@ -1,7 +1,8 @@
 """Multi-Fashion: two garments on a picture, one at the top left, one at the bottom right.
 
 The construction of MultiMNIST (Sabour et al., 2017; Sener and Koltun, 2018) with the garments of
-Fashion-MNIST (Lin et al., 2019), and Sener and Koltun's LeNet without its dropout. Accuracy.
+Fashion-MNIST (Lin et al., 2019), at half its resolution (18 x 18 pixels, means of four), and a
+LeNet of that size. Accuracy.
 """
 
 import gzip
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy
 from torchvision.datasets import FashionMNIST  # type: ignore[import-untyped]  # not typed
 
 FOLDER = Path(os.environ.get("MTLOPT_DATA", "data"))
@@ -30,7 +31,7 @@ def read(name: str, skipped: int) -> Tensor:
 
 @lru_cache
 def load() -> dict[str, tuple[Tensor, Tensor]]:
-    """Draws the pairs, once for all seeds: pictures (n, 1, 36, 36) and labels (n, 2)."""
+    """Draws the pairs, once for all seeds: pictures (n, 1, 18, 18) and labels (n, 2)."""
     draw = torch.Generator().manual_seed(0)
     splits = {}
     for part, counts in (("train", {"train": 20000, "validation": 1000}), ("t10k", {"test": 2000})):
@@ -43,24 +44,24 @@ def load() -> dict[str, tuple[Tensor, Tensor]]:
             pictures[:, 0, :28, :28] = garments[pairs[:, 0]]
             corner = pictures[:, 0, 8:, 8:]
             corner.copy_(torch.maximum(corner, garments[pairs[:, 1]]))
-            splits[name] = pictures, labels[pairs]
+            splits[name] = avg_pool2d(pictures / 255, 2), labels[pairs]
     return splits
 
 
 class Problem:
-    """Half an epoch."""
+    """An epoch of batches of 32 is 625 steps."""
 
     tasks = ("left", "right")
-    steps = 300
+    steps = 150
     scales = (1.0, 1.0)
 
     def __init__(self, seed: int) -> None:
         self.splits = load()
         self.draw = torch.Generator().manual_seed(seed)
         trunk = nn.Sequential(
-            *(nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU()),
-            *(nn.Conv2d(10, 20, 5), nn.MaxPool2d(2), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(20 * 6 * 6, 50), nn.ReLU()),
+            *(nn.Conv2d(1, 10, 3), nn.MaxPool2d(2), nn.ReLU()),
+            *(nn.Conv2d(10, 20, 3), nn.MaxPool2d(2), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(20 * 3 * 3, 50), nn.ReLU()),
         )
         heads = {
             t: nn.Sequential(nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 10)) for t in self.tasks
@@ -73,7 +74,7 @@ class Problem:
         pictures, labels = self.splits["train"]
         while True:
             for rows in torch.randperm(len(labels), generator=self.draw).split(32)[:-1]:
-                yield pictures[rows] / 255, labels[rows]
+                yield pictures[rows], labels[rows]
 
     def losses(self, tasks: Sequence[str], pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
         z = self.features(pictures)
@@ -85,7 +86,7 @@ class Problem:
 
     def metrics(self, split: str) -> dict[str, float]:
         pictures, labels = self.splits[split]
-        z = torch.cat([self.features(part / 255) for part in pictures.split(500)])
+        z = torch.cat([self.features(part) for part in pictures.split(500)])
         return {
             task: (self.heads[task](z).argmax(1) == labels[:, k]).float().mean().item()
             for k, task in enumerate(self.tasks)
