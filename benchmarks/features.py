@@ -1,6 +1,6 @@
 """What `features=` makes of the price: whole steps beside the joint loop by hand, and peak memory.
 
-python benchmarks/features.py --tasks 2 4 8 40
+python -m benchmarks.features --tasks 2 4 8 40
 
 A ResNet-18 trunk with a linear head of ten classes for each of T tasks, SGD with momentum; and the
 glaucoma network, whose encoder's five stages are the features. Times are of the processor, on one
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import measured
 import mtlopt
+from benchmarks import timing
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
 from refuge.network import TASKS, MultiTaskUNet
@@ -102,15 +102,15 @@ def measure(child: str, options: argparse.Namespace) -> dict[str, Any]:
         step = make_step(name, int(count), options)
         for _ in range(3):
             step()
-        return {"bytes": measured.peak_memory(options.device)}
+        return {"bytes": timing.peak_memory(options.device)}
     steps = {n: make_step(n, int(count), options) for n in names_for(int(count))}
     cases = {n: lambda step=step: step for n, step in steps.items()}
     clock = time.process_time if options.device == "cpu" else time.perf_counter
-    return measured.seconds(cases, options.repetitions, options.device, clock=clock)
+    return timing.seconds(cases, options.repetitions, options.device, clock=clock)
 
 
 def main() -> None:
-    parser = measured.make_parser(__doc__)
+    parser = timing.make_parser(__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8, 40])
     parser.add_argument("--size", type=int, default=64, help="side of the pictures")
     parser.add_argument("--width", type=int, default=16, help="of the glaucoma network")
@@ -125,16 +125,16 @@ def main() -> None:
     rows = []
     for count in [*options.tasks, 0]:
         children = [f"times:{count}"] * options.processes
-        results = measured.in_processes(options, children, list(map(str, arguments)))
-        found = measured.medians(results)
+        results = timing.in_processes(options, children, list(map(str, arguments)))
+        found = timing.medians(results)
         names = names_for(count)
-        peaks = measured.in_processes(
+        peaks = timing.in_processes(
             options, [f"memory:{count}:{name}" for name in names], list(map(str, arguments))
         )
         for name, peak in zip(names, peaks, strict=True):
             more = (peak["bytes"] - peaks[0]["bytes"]) / 2**20
             label = f"ResNet-18, T = {count}" if count else "glaucoma network, T = 4"
-            times = [f"{1e3 * found[name]:.0f}", measured.ratio(results, name, BY_HAND)]
+            times = [f"{1e3 * found[name]:.0f}", timing.ratio(results, name, BY_HAND)]
             rows.append([label, name, *times, f"{more:+.0f}"])
     text = (
         f"Batches of {options.batch_size} pictures of {options.size} x {options.size}; the "
@@ -144,7 +144,7 @@ def main() -> None:
         "and its solver are in UPGrad's.\n\n"
     )
     columns = ["network", "method", "ms", "times the joint loop by hand", "MiB more"]
-    measured.write_results(options, "features", text + measured.write_table(columns, rows))
+    timing.write_results(options, "features", text + timing.write_table(columns, rows))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 device=cuda out=runs/gpu wheels=runs/wheels seconds=570 toy=
-only="tests copies overhead steps features combination refuge_step compiled"
+only="tests transfers overhead steps features combination refuge_step compiled"
 while (($#)); do
     case $1 in
     --toy) toy=1 && shift && continue ;;
@@ -80,7 +80,7 @@ bench() {
     if [[ $name == compiled ]]; then folder=$out/compiled; fi
     if [[ $toy ]]; then takes=1; fi
     part "$name" "$takes" "$folder" "$program" \
-        "$python" "benchmarks/$program.py" --device "$device" --out "$folder" "$@" "${small[@]}"
+        "$python" -m "benchmarks.$program" --device "$device" --out "$folder" "$@" "${small[@]}"
 }
 
 cuda_tests() {
@@ -103,7 +103,7 @@ part tests "$([[ $toy ]] && echo 1 || echo 180)" "$out" tests bash -c cuda_tests
 
 once=(--processes 1 --repetitions 1)
 if [[ $toy ]]; then small=("${once[@]}" --width 4 --size 32); fi
-bench copies 60 copies
+bench transfers 60 transfers
 if [[ $toy ]]; then small=("${once[@]}"); fi
 bench overhead 60 overhead --processes 3
 if [[ $toy ]]; then small=("${once[@]}" --width 8 --size 32 --batch-size 1 --memory joint); fi

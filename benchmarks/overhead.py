@@ -1,6 +1,6 @@
 """What the protocol costs where the passes cost nothing: steps of a tiny network.
 
-python benchmarks/overhead.py
+python -m benchmarks.overhead
 
 Each method with none of its options, beside the same loop by hand, both with Adam, on one thread.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-import measured
 import mtlopt
+from benchmarks import timing
 
 TASKS = ("a", "b", "c", "d")
 FLOORS = {
@@ -74,7 +74,7 @@ def make_step(name: str, device: str) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = measured.make_parser(__doc__)
+    parser = timing.make_parser(__doc__)
     parser.set_defaults(repetitions=500)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -84,23 +84,23 @@ def main() -> None:
         cases = {name: lambda step=step: step for name, step in steps.items()}
         # A processor's time: what else the machine does lengthens a step of microseconds most.
         clock = time.process_time if options.device == "cpu" else time.perf_counter
-        print(json.dumps(measured.seconds(cases, options.repetitions, options.device, 20, clock)))
+        print(json.dumps(timing.seconds(cases, options.repetitions, options.device, 20, clock)))
         return
-    results = measured.in_processes(options, ["times"] * options.processes)
-    found = measured.medians(results)
+    results = timing.in_processes(options, ["times"] * options.processes)
+    found = timing.medians(results)
     rows = []
     for name, floor in FLOORS.items():
         times = [f"{1e6 * found[each]:.0f}" for each in (floor, name)]
         turns = 1 if name == "joint" else len(TASKS)
         more = f"{1e6 * (found[name] - found[floor]) / turns:.0f}"
-        rows.append([name, *times, measured.ratio(results, name, floor), more])
+        rows.append([name, *times, timing.ratio(results, name, floor), more])
     text = (
         f"A trunk of 16 units, {len(TASKS)} heads, 32 samples. Medians of {options.processes} "
         f"processes' medians over {options.repetitions} interleaved steps, in microseconds of one "
         "thread; ratios of one process's medians with their range over the processes.\n\n"
     )
     columns = ["method", "by hand", "mtlopt", "ratio", "more per update"]
-    measured.write_results(options, "overhead", text + measured.write_table(columns, rows))
+    timing.write_results(options, "overhead", text + timing.write_table(columns, rows))
 
 
 if __name__ == "__main__":

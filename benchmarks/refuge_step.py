@@ -1,6 +1,6 @@
 """Iterations of the glaucoma study as published, and as fast as they can honestly go.
 
-python benchmarks/refuge_step.py
+python -m benchmarks.refuge_step
 
 The paper's configuration (width 64, 256 x 256 pixels, batch 8, Adam) with the paper's methods, as
 `train.py` trains them, in four ways:
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import measured
+from benchmarks import timing
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
 from refuge.methods import build_network, build_optimizer, compile_network
@@ -113,7 +113,7 @@ def matrix_rate(way: str, device: str) -> float:
     dtype = torch.bfloat16 if way == "fast" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = way == "tf32"
     one = torch.randn(side, side, device=device, dtype=dtype)
-    times = measured.seconds({"": lambda: lambda: one @ one}, 7, device)[""]
+    times = timing.seconds({"": lambda: lambda: one @ one}, 7, device)[""]
     return 2 * side**3 / sorted(times)[len(times) // 2]
 
 
@@ -130,19 +130,19 @@ def measure(case: Case) -> dict[str, float]:
     step, device = case.prepare(), case.options.device
     for _ in range(3):  # Compilation, and cuDNN's choice of algorithms.
         step()
-    measured.synchronize(device)
+    timing.synchronize(device)
     times = []
     for _ in range(case.options.repetitions):
         start = time.perf_counter()
         for _ in range(case.options.iterations):
             step()
-        measured.synchronize(device)
+        timing.synchronize(device)
         times.append((time.perf_counter() - start) / case.options.iterations)
-    return {"seconds": sorted(times)[len(times) // 2], "bytes": measured.peak_memory(device)}
+    return {"seconds": sorted(times)[len(times) // 2], "bytes": timing.peak_memory(device)}
 
 
 def main() -> None:
-    parser = measured.make_parser(__doc__)
+    parser = timing.make_parser(__doc__)
     parser.set_defaults(processes=3)
     parser.add_argument("--width", type=int, help="default: 64; 8 without CUDA")
     parser.add_argument("--size", type=int, help="default: 256; 64 without CUDA")
@@ -168,7 +168,7 @@ def main() -> None:
     shape += [str(options.batch_size), "--original", str(options.original)]
     shape += ["--iterations", str(options.iterations), *(["--eager"] if options.eager else [])]
     cases = [f"{method} {way}" for way in options.ways for method in options.methods]
-    turns = [measured.in_processes(options, cases, shape) for _ in range(options.processes)]
+    turns = [timing.in_processes(options, cases, shape) for _ in range(options.processes)]
     work = {method: count_flops(method, options) for method in options.methods}
     rate = {way: matrix_rate(way, options.device) for way in options.ways}
 
@@ -196,9 +196,9 @@ def main() -> None:
     )
     columns = ["way", "method", "s per iteration", "as published, s", "x joint", "x float32"]
     columns += ["peak memory, MB", "GFLOP/s", "of the matrix rate", "15,000 iterations, min"]
-    text += measured.write_table(columns, rows) + "\nMatrix products: "
+    text += timing.write_table(columns, rows) + "\nMatrix products: "
     text += ", ".join(f"{value / 1e9:.0f} GFLOP/s for {way}" for way, value in rate.items()) + ".\n"
-    measured.write_results(options, "refuge_step", text)
+    timing.write_results(options, "refuge_step", text)
 
 
 if __name__ == "__main__":

@@ -1,77 +1,29 @@
-"""Methods x learning rates x seeds on a problem, under one protocol.
+"""Methods x learning rates x constants x seeds on a problem, under one protocol.
 
-    python benchmarks/run_study.py --problem adult            # one that lies in study_problems/
-    python benchmarks/run_study.py --problem my_problem.py    # one of your own
-    python benchmarks/run_study.py --report                   # tables and pictures of what was run
+    python -m benchmarks.run_study --problem adult            # a module of study/problems/
+    python -m benchmarks.run_study --problem my_problem.py    # your own
+    python -m benchmarks.run_study --state                    # what is complete, and what is left
+    python -m benchmarks.run_study --report                   # tables and figures of what was run
 
-A second call goes on where the first one stopped. The protocol:
+A second call continues where the first one stopped. The protocol:
 
-1. Every method trains with Adam at the same five learning rates, half a decade apart, with seed 0.
-   The best on validation must have tried neighbours on both sides: else the grid grows there.
-2. The weighted sum may also search its weights: six more, and the learning rate for the best anew.
-3. The two best train with all seeds, and the better mean on validation is the method's choice. The
-   step of a run is chosen on validation as well; the test split is touched once for each run, after
-   that.
-4. For quality at equal time each run also keeps its best step among those that take no longer than
-   the whole run of the plain sum does.
+1. The plain sum's steps double until that gains nothing on validation (the plateau). All training
+   is Adam with a cosine schedule; a run keeps the step that is best on validation.
+2. The search, on three seeds and validation alone. Each method tries five learning rates or more,
+   until the best has neighbours on both sides, then eight other values of its constants; the
+   sum's are its weights. The best three with the first seed run with all three.
+3. The judgement, on fifteen fresh seeds: the choice trains for as many steps as cost what the sum's
+   plateau costs (equal compute), and for as many steps as the sum. The test split is evaluated
+   once per run. The tuned sum also trains with the dearest method's compute.
 """
 
 import argparse
-import multiprocessing
 import os
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-import study_rows
-from study_methods import SUM, TUNED, names
-from study_plan import plan_all
-from study_runs import Config, load, measure_costs, run
+from benchmarks.study.study import FINAL_SEEDS, Study
 
 RESULTS = Path(__file__).parent / "results" / "study"
-
-
-def study(name: str, options: argparse.Namespace) -> None:
-    """Runs what a problem lacks."""
-    runs, costs = options.out / "runs.csv", options.out / "costs.csv"
-    label = Path(name).stem
-    problem = load(name)
-    methods = [m for m in names(problem) if not options.methods or m in options.methods]
-    known = {row["method"] for row in study_rows.load(costs, label)}
-    if missing := [m for m in dict.fromkeys([*methods, SUM]) if m not in known]:
-        # The plain sum is measured anew beside those that are: its ratio to them is what counts.
-        measured = measure_costs(name, list(dict.fromkeys([SUM, *missing])), options.repetitions)
-        if SUM in known:
-            old = next(r for r in study_rows.load(costs, label) if r["method"] == SUM)
-            ratio = float(old["seconds"]) / measured[0]["seconds"]
-            measured = [m | {"seconds": m["seconds"] * ratio} for m in measured[1:]]
-        study_rows.append(costs, study_rows.COSTS, [{"problem": label} | m for m in measured])
-    seconds = {r["method"]: float(r["seconds"]) for r in study_rows.load(costs, label)}
-
-    def until(method: str) -> int:
-        if method == TUNED:  # its step is the plain sum's
-            return problem.steps
-        steps = problem.steps * seconds[SUM] / seconds.get(method, seconds[SUM])
-        return max(1, min(problem.steps, int(steps)))
-
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(options.processes, context) as pool, tqdm(desc=label) as bar:
-        going: dict[Future[dict[str, Any]], Config] = {}
-        while True:
-            done = study_rows.load(runs, label)
-            for config in plan_all(methods, done, options.seeds)[0]:
-                if config not in going.values():
-                    going[pool.submit(run, name, config, until(config.method))] = config
-            bar.total = len(done) + len(going)
-            bar.n = len(done)
-            bar.refresh()
-            if not going:
-                break
-            for future in wait(going, return_when=FIRST_COMPLETED).done:
-                del going[future]
-                study_rows.append(runs, study_rows.RUNS, [{"problem": label} | future.result()])
 
 
 def main() -> None:
@@ -81,18 +33,25 @@ def main() -> None:
     )
     parser.add_argument("--problem", nargs="+", default=[], help="names, or files that end in .py")
     parser.add_argument("--methods", nargs="+", help="only these")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--repetitions", type=int, default=30, help="of a step whose cost is taken")
+    parser.add_argument("--seeds", type=int, default=FINAL_SEEDS, help="of the judgement")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repetitions", type=int, default=50, help="of a step whose cost is taken")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--state", action="store_true", help="run nothing, say what is left")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the tables")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes: one core each
-    for name in [] if options.report else options.problem:
-        study(name, options)
-    from study_report import write_report  # not in every process: it takes seconds
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core per process
+    found = sorted(path.parent.name for path in options.out.glob("*/runs.csv"))
+    studies = [Study(name, options.out, options.seeds) for name in options.problem or found]
+    if not (options.report or options.state):
+        for study in studies:
+            study.run(options.methods, options.processes, options.repetitions)
+    from benchmarks.study.report import write_report, write_state  # not in every process
 
-    write_report(options.out, options.problem)
+    if options.state:
+        print(write_state(studies))
+    else:
+        write_report(options.out, studies)
 
 
 if __name__ == "__main__":

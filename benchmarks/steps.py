@@ -1,6 +1,6 @@
 """Whole steps of the glaucoma network, beside the bare passes that each method cannot avoid.
 
-python benchmarks/steps.py
+python -m benchmarks.steps
 
 Adam, four tasks, random pictures with all labels. By hand means the loop without this package:
 for independent, its T optimizers; for PCGrad, one forward and T backward passes and Adam's step,
@@ -14,14 +14,15 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import measured
 import mtlopt
+from benchmarks import timing
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
 from refuge.losses import task_losses
@@ -41,7 +42,7 @@ FLOORS = {
 
 
 class Problem:
-    """A network of its own, and a batch for it."""
+    """A network and a batch for it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -73,7 +74,7 @@ class Problem:
 def make_step(name: str, problem: Problem) -> Callable[[], object]:
     method, _, by = name.partition(", ")
     if by:
-        return _by_hand(name, problem)
+        return BY_HAND[name](problem)
     base: Any = problem.adam()
     optimizer: mtlopt.MultiTaskOptimizer
     if method == "joint":
@@ -88,82 +89,90 @@ def make_step(name: str, problem: Problem) -> Callable[[], object]:
     return lambda: optimizer.step(problem.losses, problem.batch)
 
 
-def _by_hand(name: str, problem: Problem) -> Callable[[], object]:
+def joint_by_hand(problem: Problem) -> Callable[[], object]:
     base = problem.adam()
 
-    def joint() -> None:
+    def step() -> None:
         base.zero_grad()
         torch.stack(problem.values(*TASKS)).sum().backward()
         base.step()
 
-    if name == "joint, by hand":
-        return joint
+    return step
 
-    if name == "independent, by hand":
-        optimizers = {task: problem.adam() for task in TASKS}
 
-        def independent() -> None:
-            for task, optimizer in optimizers.items():
-                optimizer.zero_grad()
-                problem.values(task)[0].backward()
-                optimizer.step()
+def independent_by_hand(problem: Problem) -> Callable[[], object]:
+    optimizers = {task: problem.adam() for task in TASKS}
 
-        return independent
+    def step() -> None:
+        for task, optimizer in optimizers.items():
+            optimizer.zero_grad()
+            problem.values(task)[0].backward()
+            optimizer.step()
 
-    if name == "pcgrad, bare passes":
+    return step
 
-        def passes() -> None:
-            gradients = []
-            for position, loss in enumerate(losses := problem.values(*TASKS)):
-                base.zero_grad()
-                loss.backward(retain_graph=position + 1 < len(losses))
-                gradients.append([parameter.grad for parameter in problem.parameters])
-            for parameter, *own in zip(problem.parameters, *gradients, strict=True):
-                parameter.grad = next(part for part in own if part is not None)
-            base.step()
 
-        return passes
+def pcgrad_bare_passes(problem: Problem) -> Callable[[], object]:
+    base = problem.adam()
 
-    if name == "pcgrad, pytorch_optimizer":
-        from pytorch_optimizer import PCGrad
-
-        surgery = PCGrad(base, reduction="sum")
-
-        def project() -> None:
-            surgery.zero_grad()
-            surgery.pc_backward(problem.values(*TASKS))  # type: ignore[arg-type]  # takes losses
-            surgery.step()
-
-        return project
-
-    if name.startswith("pcgrad, TorchJD"):
-        from torchjd import aggregation, autojac
-
-        aggregator = aggregation.PCGrad()
-        chunk = 1 if name.endswith("one by one") else None
-
-        def descend() -> None:
+    def step() -> None:
+        gradients = []
+        for position, loss in enumerate(losses := problem.values(*TASKS)):
             base.zero_grad()
-            autojac.backward(problem.values(*TASKS), parallel_chunk_size=chunk)
-            autojac.jac_to_grad(problem.parameters, aggregator, optimize_gramian_computation=True)
-            base.step()
+            loss.backward(retain_graph=position + 1 < len(losses))
+            gradients.append([parameter.grad for parameter in problem.parameters])
+        for parameter, *own in zip(problem.parameters, *gradients, strict=True):
+            parameter.grad = next(part for part in own if part is not None)
+        base.step()
 
-        return descend
+    return step
 
-    if name == "gradnorm, bare passes":
 
-        def balance() -> None:
-            base.zero_grad()
-            losses = problem.values(*TASKS)
-            for loss in losses:
-                torch.autograd.grad(loss, problem.shared, retain_graph=True)
-            torch.stack(losses).sum().backward()
-            base.step()
+def pcgrad_pytorch_optimizer(problem: Problem) -> Callable[[], object]:
+    from pytorch_optimizer import PCGrad
 
-        return balance
+    surgery = PCGrad(problem.adam(), reduction="sum")
 
+    def step() -> None:
+        surgery.zero_grad()
+        surgery.pc_backward(problem.values(*TASKS))  # type: ignore[arg-type]  # takes losses
+        surgery.step()
+
+    return step
+
+
+def pcgrad_torchjd(problem: Problem, chunk: int | None = None) -> Callable[[], object]:
+    from torchjd import aggregation, autojac
+
+    base, aggregator = problem.adam(), aggregation.PCGrad()
+
+    def step() -> None:
+        base.zero_grad()
+        autojac.backward(problem.values(*TASKS), parallel_chunk_size=chunk)
+        autojac.jac_to_grad(problem.parameters, aggregator, optimize_gramian_computation=True)
+        base.step()
+
+    return step
+
+
+def gradnorm_bare_passes(problem: Problem) -> Callable[[], object]:
+    base = problem.adam()
+
+    def step() -> None:
+        base.zero_grad()
+        losses = problem.values(*TASKS)
+        for loss in losses:
+            torch.autograd.grad(loss, problem.shared, retain_graph=True)
+        torch.stack(losses).sum().backward()
+        base.step()
+
+    return step
+
+
+def gradnorm_pytorch(problem: Problem) -> Callable[[], object]:
     from gradnorm_pytorch import GradNormLossWeighter
 
+    base = problem.adam()
     weighter = GradNormLossWeighter(
         num_losses=len(TASKS),
         learning_rate=0.025,
@@ -171,12 +180,24 @@ def _by_hand(name: str, problem: Problem) -> Callable[[], object]:
         grad_norm_parameters=problem.shared,
     )
 
-    def weigh() -> None:
+    def step() -> None:
         base.zero_grad()
         weighter.backward(problem.values(*TASKS))
         base.step()
 
-    return weigh
+    return step
+
+
+BY_HAND: dict[str, Callable[[Problem], Callable[[], object]]] = {
+    "joint, by hand": joint_by_hand,
+    "independent, by hand": independent_by_hand,
+    "pcgrad, bare passes": pcgrad_bare_passes,
+    "pcgrad, pytorch_optimizer": pcgrad_pytorch_optimizer,
+    "pcgrad, TorchJD": pcgrad_torchjd,
+    "pcgrad, TorchJD one by one": partial(pcgrad_torchjd, chunk=1),
+    "gradnorm, bare passes": gradnorm_bare_passes,
+    "gradnorm, gradnorm-pytorch": gradnorm_pytorch,
+}
 
 
 def names() -> list[str]:
@@ -192,7 +213,7 @@ def measure_memory(name: str, options: argparse.Namespace) -> dict[str, float]:
     step = make_step(name, Problem(options))
     for _ in range(3):
         step()
-    found = {"bytes": float(measured.peak_memory(options.device))}
+    found = {"bytes": float(timing.peak_memory(options.device))}
     if options.device.startswith("cuda"):
         with torch.profiler.profile() as profile:
             step()
@@ -202,7 +223,7 @@ def measure_memory(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = measured.make_parser(__doc__)
+    parser = timing.make_parser(__doc__)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -215,23 +236,23 @@ def main() -> None:
         return
     if options.child:
         steps = {name: make_step(name, Problem(options)) for name in names()}
-        cases: dict[str, measured.Case] = {
+        cases: dict[str, timing.Case] = {
             name: lambda step=step: step  # type: ignore[misc]  # inferred from the annotation
             for name, step in steps.items()
         }
-        print(json.dumps(measured.seconds(cases, options.repetitions, options.device)))
+        print(json.dumps(timing.seconds(cases, options.repetitions, options.device)))
         return
 
     shape = ["--width", str(options.width), "--size", str(options.size)]
     shape += ["--batch-size", str(options.batch_size)]
-    results = measured.in_processes(options, ["times"] * options.processes, shape)
-    found = measured.medians(results)
-    sizes = measured.in_processes(options, options.memory, shape)
+    results = timing.in_processes(options, ["times"] * options.processes, shape)
+    found = timing.medians(results)
+    sizes = timing.in_processes(options, options.memory, shape)
     memory = dict(zip(options.memory, sizes, strict=True))
     rows = []
     for name, time in found.items():
         floor = FLOORS.get(name)
-        row = [name, f"{1e3 * time:.0f}", measured.ratio(results, name, floor) if floor else ""]
+        row = [name, f"{1e3 * time:.0f}", timing.ratio(results, name, floor) if floor else ""]
         row.append(f"{time / found['joint, by hand']:.2f}")
         own = memory.get(name, {})
         row.append(f"{own['bytes'] / 1e6:.0f}" if own else "")
@@ -247,10 +268,10 @@ def main() -> None:
     columns = ["step", "ms", "x its bare passes", "x joint by hand", "peak memory, MB"]
     if options.device.startswith("cuda"):
         columns.append("copies to the host")
-    text += measured.write_table(columns, rows)
+    text += timing.write_table(columns, rows)
     values = sum(p.numel() for p in MultiTaskUNet(width=options.width).parameters())
     text += f"\nOne gradient is {values * 4 / 1e6:.0f} MB.\n"
-    measured.write_results(options, "steps", text)
+    timing.write_results(options, "steps", text)
 
 
 if __name__ == "__main__":

@@ -51,14 +51,14 @@ def test_a_part_that_fails_leaves_its_log_and_the_others_go_on(tmp_path: Path) -
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/sh\n"
-        'case "$1" in *copies.py) echo no such device; exit 3;; esac\n'
+        'case "$2" in *transfers) echo no such device; exit 3;; esac\n'
         f"echo measured > {tmp_path}/overhead_here.md\n"
     )
     python.chmod(0o755)
-    only = ["--out", tmp_path, "--wheels", tmp_path, "--only", "copies overhead steps"]
+    only = ["--out", tmp_path, "--wheels", tmp_path, "--only", "transfers overhead steps"]
     status, said = call(*only, python=str(python))
     assert status == 1, said
-    assert (tmp_path / "copies.log").read_text(encoding="utf-8") == "no such device\n"
+    assert (tmp_path / "transfers.log").read_text(encoding="utf-8") == "no such device\n"
     assert "overhead: done at" in said
     assert not [*tmp_path.glob("overhead.log")]
     assert "combination" not in said

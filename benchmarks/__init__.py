@@ -1,0 +1,1 @@
+"""Programs that measure mtlopt; run one from the root: `python -m benchmarks.NAME`."""

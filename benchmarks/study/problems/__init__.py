@@ -1,0 +1,1 @@
+"""The problems of the study, a file each with a class `Problem`."""
