@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,7 +40,6 @@ Weights: TypeAlias = Mapping[str, float | Tensor]
 """Loss weights by name; a name left out has weight 1."""
 Part: TypeAlias = tuple[str, ...]
 """Names whose losses are differentiated together."""
-Key = TypeVar("Key", str, Task)
 
 
 unscaled: Callable[[Tensor], Tensor] = lambda loss: loss  # noqa: E731  # as every scaler
@@ -193,7 +192,7 @@ class Evaluation:
             ranks = self.ranks  # The rows are of this process's samples.
             terms, means, tensors = self._ask_recording(self.names, self.batches[0], ranks, at)
         else:
-            tensors += at
+            tensors = list(at)
             terms, means = self._ask(self.names, self.batches[0], self.ranks)
         values = {name: mean.value for name, mean in means.items()}
         losses: dict[Task, Tensor] = {}
@@ -436,9 +435,8 @@ class Evaluation:
         return whole.values
 
 
-def _to_floats(weights: Mapping[Key, float | Tensor]) -> dict[Key, float]:
+def _to_floats(weights: Mapping[Any, float | Tensor]) -> dict[Any, float]:
     """Copies weights to the host, all at once."""
-    tensors = {key: weight for key, weight in weights.items() if isinstance(weight, Tensor)}
-    copies = dict(zip(tensors, to_numbers([*tensors.values()]), strict=True)) if tensors else {}
-    numbers = {key: w for key, w in weights.items() if not isinstance(w, Tensor)}
-    return {key: copies[key] if key in copies else numbers[key] for key in weights}
+    tensors = [weight for weight in weights.values() if isinstance(weight, Tensor)]
+    numbers = iter(to_numbers(tensors) if tensors else ())
+    return {k: next(numbers) if isinstance(w, Tensor) else w for k, w in weights.items()}
