@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,42 +29,24 @@ from mtlopt._gradients.losses import (
     Task,
     Values,
     names_of,
+    present_tasks,
     sum_tensors,
     weighted,
 )
 from mtlopt._gradients.report import Mistake, Report
+from mtlopt._gradients.sums import Part, accumulate
 
 Forwards: TypeAlias = Literal["joint", "per-task", "per-pass"]
 """How often `losses` is called: once for all tasks, once a task, or once a backward pass."""
 Weights: TypeAlias = Mapping[str, float | Tensor]
 """Loss weights by name; a name left out has weight 1."""
-Part: TypeAlias = tuple[str, ...]
-"""Names whose losses are differentiated together."""
-
 
 unscaled: Callable[[Tensor], Tensor] = lambda loss: loss  # noqa: E731  # as every scaler
 
 
-class Sums(NamedTuple):
-    """Gradients summed over micro-batches, not yet corrected by the counts."""
-
-    gradients: dict[Part, Gradients]
-    at_outputs: dict[Part, Gradients]
-    """The gradients at recorded outputs, of all micro-batches one after the other."""
-    seen: dict[str, list[Loss]]
-    """Each name's losses, without a graph."""
-
-
 @dataclass
 class Evaluation:
-    """Turns the losses of one step into gradients, without moving anything.
-
-    Averages are by count: of n samples in all, a micro-batch (or a process) with m of them
-    contributes m/n of a task's gradient. The counts of later micro-batches are unknown at the time
-    of a backward pass, so each loss is first weighted as if all counts were the first one's, and
-    the sum of gradients is corrected at the end. With equal counts the correction is exactly 1,
-    and large counts do not overflow a float16 gradient.
-    """
+    """Turns the losses of one step into gradients, without moving anything."""
 
     losses: LossEvaluator
     tasks: Sequence[Task]
@@ -96,7 +78,7 @@ class Evaluation:
         return self.prescaled or self.scale is not unscaled
 
     @property
-    def _separate(self) -> bool:
+    def is_separate(self) -> bool:
         """Returns whether each backward pass has its own call of `losses`."""
         return self.forwards != "joint" and self.losses.is_function
 
@@ -127,7 +109,7 @@ class Evaluation:
             return self._add_averaged_sum(names, weights)
         values: Values = {}
         for asked in [(name,) for name in names] if separate else [names]:
-            terms, means = self._ask(asked, self.batches[0], self.ranks)
+            terms, means = self.ask(asked, self.batches[0], self.ranks)
             if terms.keys() - self.report.searched:
                 self.report.search(terms, self.parameters)
             present = {name: mean.value for name, mean in means.items()}
@@ -149,22 +131,24 @@ class Evaluation:
         # Names in a group need separate gradients only where their counts can differ.
         whole = len(self.batches) == 1 and self.ranks.per_micro_batch is self.ranks.per_step
         parts = {t: [names_of(t)] if whole else [(n,) for n in names_of(t)] for t in self.tasks}
-        sums = self._accumulate([part for own in parts.values() for part in own], at)
-        values, corrections = self._average(sums.seen)
+        sums = accumulate(self, [part for own in parts.values() for part in own], at)
         gradients: dict[Task, Gradients] = {}
         at_outputs: dict[Task, Gradients] = {}
-        for task in self._present(values):
+        for task, own in parts.items():
+            present = [part for part in own if any(name in sums.values for name in part)]
+            if not present:
+                continue
             total: Gradients = [None] * len(self.parameters)
             there: Gradients = []
-            for part in parts[task]:
-                factor = next((corrections[name] for name in part if name in values), 1.0)
+            for part in present:
+                factor = next(sums.corrections[name] for name in part if name in sums.values)
                 found = scaled(sums.at_outputs.pop(part, []), factor)
                 there = add(there, found) if there and found else there or found
-                if part in sums.gradients and any(name in values for name in part):
+                if part in sums.gradients:
                     total = add(total, scaled(sums.gradients.pop(part), factor))
             gradients[task] = self.ranks.per_step.sum(total, self.parameters)
             at_outputs[task] = there
-        return Rows(gradients, self.parameters, values, self.is_scaled), at_outputs
+        return Rows(gradients, self.parameters, sums.values, self.is_scaled), at_outputs
 
     @torch.enable_grad()
     def add_measured_sum(
@@ -185,19 +169,19 @@ class Evaluation:
         Returns:
             The averaged losses by name.
         """
-        if len(self.batches) > 1 or self.ranks.wrapped or self._separate:
+        if len(self.batches) > 1 or self.ranks.wrapped or self.is_separate:
             return self._add_measured_passes(at, weigh)
         ranks, tensors = SINGLE_PROCESS, list[Tensor]()
         if isinstance(at, Features):
             ranks = self.ranks  # The rows are of this process's samples.
-            terms, means, tensors = self._ask_recording(self.names, self.batches[0], ranks, at)
+            terms, means, tensors = self.ask_recording(self.names, self.batches[0], ranks, at)
         else:
             tensors = list(at)
-            terms, means = self._ask(self.names, self.batches[0], self.ranks)
+            terms, means = self.ask(self.names, self.batches[0], self.ranks)
         values = {name: mean.value for name, mean in means.items()}
         losses: dict[Task, Tensor] = {}
         rows: dict[Task, Gradients] = {}
-        for task in self._present(values):
+        for task in present_tasks(self.tasks, values):
             own = [terms[name] for name in names_of(task) if name in terms]
             rows[task] = [None] * len(tensors)  # A rank may lack a task that another one has.
             if own:
@@ -243,14 +227,14 @@ class Evaluation:
         self.ranks.check_batches(count)
         for position, batch in enumerate(self.batches):
             with features.cutting() as cuts:
-                terms, means = self._ask(self.names, batch, self.ranks)
+                terms, means = self.ask(self.names, batch, self.ranks)
             if terms:  # A batch without labels need not call the trunk.
                 features.check(cuts)
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
             check_counts(seen, position == count - 1, count)
             factors = {name: (weights or {}).get(name, 1.0) / count for name in terms}
-            losses = self._join(
+            losses = self.join(
                 {name: weighted(terms[name], factors[name]) for name in terms},
                 [names_of(task) for task in self.tasks],
             )
@@ -266,7 +250,9 @@ class Evaluation:
             values = {name: mean.value for name, mean in means.items()}
             # Present on some rank, so present here: without a loss its row is zero.
             nothing: Gradients = [None] * len(at)
-            rows = {t: found.get(names_of(t), [*nothing]) for t in self._present(values)}
+            rows = {
+                t: found.get(names_of(t), [*nothing]) for t in present_tasks(self.tasks, values)
+            }
             combined = combine(Rows(rows, at, values, self.is_scaled, False, self.ranks))
             backward_from(cuts, combined)
             if compiled:
@@ -281,15 +267,15 @@ class Evaluation:
         """Asks for all losses and returns their averages, without gradients."""
         seen: dict[str, list[Loss]] = {name: [] for name in self.names}
         for batch in self.batches:
-            for asked in [(name,) for name in self.names] if self._separate else [self.names]:
-                _, means = self._ask(asked, batch, self.ranks.per_micro_batch)
+            for asked in [(name,) for name in self.names] if self.is_separate else [self.names]:
+                _, means = self.ask(asked, batch, self.ranks.per_micro_batch)
                 for name, mean in means.items():
                     seen[name].append(mean)
         return {name: mean.value for name, mean in self.ranks.per_step.agree(seen).items()}
 
     # Asking.
 
-    def _ask(
+    def ask(
         self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks
     ) -> tuple[dict[str, Tensor], dict[str, Loss]]:
         """Asks for losses on one batch.
@@ -309,20 +295,17 @@ class Evaluation:
                     terms[name] = weighted(loss.value, share)
         return terms, means
 
-    def _ask_recording(
+    def ask_recording(
         self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks, at: Features
     ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
         """Asks for losses, and returns the modules' outputs too."""
         with at.recording() as calls:
-            terms, means = self._ask(names, batch, ranks)
+            terms, means = self.ask(names, batch, ranks)
         if terms:
             at.check(calls)
         return terms, means, [output for call in calls for output in call.outputs]
 
-    def _present(self, values: Values) -> list[Task]:
-        return [t for t in self.tasks if any(name in values for name in names_of(t))]
-
-    def _join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
+    def join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
         """Returns the scaled sums of the terms of each part that has any."""
         own = {part: [terms[name] for name in part if name in terms] for part in parts}
         return {part: self.scale(sum_tensors(found)) for part, found in own.items() if found}
@@ -344,74 +327,20 @@ class Evaluation:
             own = found
         add_to_grads(self.parameters, self.ranks.sum(own, self.parameters))
 
-    def _accumulate(self, parts: Sequence[Part], at: object = None) -> Sums:
-        """Sums the gradients of parts over the micro-batches, and those at outputs of modules."""
-        names = [name for part in parts for name in part]
-        sums = Sums({}, {}, {name: [] for name in names})
-        ranks = self.ranks.per_micro_batch
-        first_terms: list[Tensor] = []
-        for batch in self.batches:
-            for asked in parts if self._separate else [names]:
-                outputs: list[Tensor] = []
-                if isinstance(at, Features):
-                    terms, means, outputs = self._ask_recording(asked, batch, ranks, at)
-                else:
-                    terms, means = self._ask(asked, batch, ranks)
-                first_terms += terms.values() if batch is self.batches[0] else ()
-                for name, mean in means.items():
-                    sums.seen[name].append(mean)
-                    first = sums.seen[name][0].samples
-                    factor = mean.samples / (first * len(self.batches))
-                    if name in terms:
-                        terms[name] = weighted(terms[name], factor)
-                for output in outputs:
-                    output.retain_grad()
-                joined = self._join(terms, parts)
-                passes = differentiate(
-                    list(joined.values()),
-                    [*self.parameters, *outputs],
-                    self.parameters_only,
-                    self.retain_graph,
-                )
-                for part, gradient in zip(joined, passes, strict=True):
-                    own, there = gradient[: len(self.parameters)], gradient[len(self.parameters) :]
-                    known = sums.gradients.get(part)
-                    sums.gradients[part] = own if known is None else add(known, own)
-                    sums.at_outputs.setdefault(part, []).extend(there)
-        for part, gradient in sums.gradients.items():
-            if all(piece is None for piece in gradient):
-                self.report.mistakes.append(
-                    Mistake("unreached", part if len(part) > 1 else part[0])
-                )
-        if any(len({loss.samples for loss in losses}) > 1 for losses in sums.seen.values()):
-            self.report.search_for_others(first_terms, self.parameters)
-        return sums
-
-    def _average(self, seen: Mapping[str, Sequence[Loss]]) -> tuple[Values, dict[str, float]]:
-        """Averages the losses, and returns the factors that correct the sums of gradients."""
-        means = self.ranks.per_step.agree(seen)
-        corrections = {
-            # A rank without samples has no sum to correct.
-            name: seen[name][0].samples * len(self.batches) / mean.samples if seen[name] else 1.0
-            for name, mean in means.items()
-        }
-        return {name: mean.value for name, mean in means.items()}, corrections
-
     def _add_averaged_sum(
         self, names: Sequence[str], weights: Weights | Callable[[Values], Weights] | None
     ) -> Values:
         """Weights the averaged gradients; the losses were not averaged before their passes."""
-        sums = self._accumulate([(name,) for name in names])
-        values, corrections = self._average(sums.seen)
-        own = (weights(values) if callable(weights) else weights) or {}
-        factors = _to_floats({name: own.get(name, 1.0) for name in values})
+        sums = accumulate(self, [(name,) for name in names])
+        own = (weights(sums.values) if callable(weights) else weights) or {}
+        factors = _to_floats({name: own.get(name, 1.0) for name in sums.values})
         total: Gradients = [None] * len(self.parameters)
-        for name, correction in corrections.items():
+        for name, correction in sums.corrections.items():
             if (found := sums.gradients.pop((name,), None)) is not None:
                 total = add(total, scaled(found, correction * factors[name]))
-        if values:
+        if sums.values:
             add_to_grads(self.parameters, self.ranks.per_step.sum(total, self.parameters))
-        return values
+        return sums.values
 
     def _add_measured_passes(
         self,
