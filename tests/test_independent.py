@@ -36,8 +36,8 @@ def step(optimizer: IndependentOptimizer, model: Network) -> None:
 def test_it_is_an_optimizer_that_gives_each_tasks_own() -> None:
     """It reads like a mapping and is none: frameworks take mappings apart and rebuild them."""
     optimizer = make(Network())
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    assert not isinstance(optimizer, Mapping)
+    kinds = [isinstance(optimizer, kind) for kind in (torch.optim.Optimizer, Mapping)]
+    assert kinds == [True, False]
     assert optimizer.get("a") is optimizer["a"]
     assert optimizer.get("d") is None
     assert dict(optimizer.items()) == {task: optimizer[task] for task in TASKS}
@@ -111,7 +111,7 @@ def test_parameters_come_in_all_of_torchs_shapes() -> None:
         ({"lr": -1.0}, "Invalid learning rate"),
         (
             {"optimizer_class": lambda *_, **__: 3},
-            "plain torch.optim.Optimizer, got int: `optimizer_class` made it",
+            "Optimizer, got int: `optimizer_class` made it",
         ),
         (
             {"optimizer_class": torch.optim.LBFGS, "schedule": "simultaneous"},

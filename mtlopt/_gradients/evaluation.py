@@ -119,11 +119,14 @@ class Evaluation:
         return values
 
     @torch.enable_grad()
-    def per_task(self, at: object = None) -> tuple[Rows, dict[Task, Gradients]]:
+    def per_task(
+        self, at: object = None, weights: Weights | None = None
+    ) -> tuple[Rows, dict[Task, Gradients]]:
         """Takes the averaged gradient of each present task; `.grad` stays as it is.
 
         Args:
             at: Modules at whose outputs gradients are wanted too.
+            weights: Weights of the losses.
 
         Returns:
             The rows, in the tasks' order, and by task the gradients at the outputs.
@@ -131,7 +134,7 @@ class Evaluation:
         # Names in a group need separate gradients only where their counts can differ.
         whole = len(self.batches) == 1 and self.ranks.per_micro_batch is self.ranks.per_step
         parts = {t: [names_of(t)] if whole else [(n,) for n in names_of(t)] for t in self.tasks}
-        sums = accumulate(self, [part for own in parts.values() for part in own], at)
+        sums = accumulate(self, [part for own in parts.values() for part in own], at, weights)
         gradients: dict[Task, Gradients] = {}
         at_outputs: dict[Task, Gradients] = {}
         for task, own in parts.items():
@@ -155,8 +158,9 @@ class Evaluation:
         self,
         at: Sequence[Tensor] | Features,
         weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
+        weights: Weights | None = None,
     ) -> Values:
-        """Adds the weighted sum's gradient, with weights chosen from gradients at some tensors.
+        """Adds the weighted sum's gradient, and shows each task's gradient at some tensors.
 
         With one batch each task takes a pass down to these tensors alone, before the one backward
         pass of the sum. Otherwise each task takes a whole one: the weights depend on all
@@ -165,12 +169,13 @@ class Evaluation:
         Args:
             at: Parameters, or modules whose outputs are meant.
             weigh: Returns the weights by task, given the rows of gradients there.
+            weights: Weights that are known before; those of `weigh` multiply them.
 
         Returns:
             The averaged losses by name.
         """
         if len(self.batches) > 1 or self.ranks.wrapped or self.is_separate:
-            return self._add_measured_passes(at, weigh)
+            return self._add_measured_passes(at, weigh, weights or {})
         ranks, tensors = SINGLE_PROCESS, list[Tensor]()
         if isinstance(at, Features):
             ranks = self.ranks  # The rows are of this process's samples.
@@ -179,6 +184,7 @@ class Evaluation:
             tensors = list(at)
             terms, means = self.ask(self.names, self.batches[0], self.ranks)
         values = {name: mean.value for name, mean in means.items()}
+        terms = {n: weighted(term, (weights or {}).get(n, 1.0)) for n, term in terms.items()}
         losses: dict[Task, Tensor] = {}
         rows: dict[Task, Gradients] = {}
         for task in present_tasks(self.tasks, values):
@@ -191,8 +197,8 @@ class Evaluation:
                 rows[task] = [g if g is None else g.clone() for g in gradient]
             if not isinstance(at, Features):
                 rows[task] = self.ranks.sum(rows[task], tensors)
-        weights = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
-        self._add_pass([weighted(loss, weights[task]) for task, loss in losses.items()])
+        found = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
+        self._add_pass([weighted(loss, found[task]) for task, loss in losses.items()])
         return values
 
     @torch.enable_grad()
@@ -330,10 +336,13 @@ class Evaluation:
     def _add_averaged_sum(
         self, names: Sequence[str], weights: Weights | Callable[[Values], Weights] | None
     ) -> Values:
-        """Weights the averaged gradients; the losses were not averaged before their passes."""
-        sums = accumulate(self, [(name,) for name in names])
-        own = (weights(sums.values) if callable(weights) else weights) or {}
-        factors = _to_floats({name: own.get(name, 1.0) for name in sums.values})
+        """Adds up averaged gradients, since the losses were not averaged before their passes."""
+        # Weights that are known multiply the losses, so that parameters of other optimizers, whose
+        # gradients go straight into `.grad`, are weighted too.
+        known: Any = None if callable(weights) else weights
+        sums = accumulate(self, [(name,) for name in names], weights=known)
+        rule = weights(sums.values) if callable(weights) else {}
+        factors = _to_floats({name: rule.get(name, 1.0) for name in sums.values})
         total: Gradients = [None] * len(self.parameters)
         for name, correction in sums.corrections.items():
             if (found := sums.gradients.pop((name,), None)) is not None:
@@ -346,9 +355,10 @@ class Evaluation:
         self,
         at: Sequence[Tensor] | Features,
         weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
+        weights: Weights,
     ) -> Values:
         """Weights whole gradients, by rows that are a part of them or were recorded with them."""
-        whole, at_outputs = self.per_task(at)
+        whole, at_outputs = self.per_task(at, weights)
         if isinstance(at, Features):
             rows = replace(whole, gradients=at_outputs, tensors=[], ranks=self.ranks)
         else:
@@ -358,8 +368,8 @@ class Evaluation:
                 own = [gradient[position[id(tensor)]] for tensor in at]
                 parts[task] = [g if g is None else g.clone() for g in own]
             rows = replace(whole, gradients=parts, tensors=at)
-        weights = weigh(rows)
-        for task, factor in _to_floats({t: weights[t] for t in whole.gradients}).items():
+        found = weigh(rows)
+        for task, factor in _to_floats({t: found[t] for t in whole.gradients}).items():
             add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
         return whole.values
 

@@ -1,6 +1,6 @@
 """Sums: gradients accumulated over micro-batches, and averaged by counts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -30,7 +30,12 @@ class Sums(NamedTuple):
     """What turns each name's sum into its average."""
 
 
-def accumulate(evaluation: "Evaluation", parts: Sequence[Part], at: object = None) -> Sums:
+def accumulate(
+    evaluation: "Evaluation",
+    parts: Sequence[Part],
+    at: object = None,
+    weights: Mapping[str, float | Tensor] | None = None,
+) -> Sums:
     """Sums the gradients of parts over the micro-batches, and those at outputs of modules.
 
     Averages are by count: of n samples in all, a micro-batch (or a process) with m of them
@@ -38,6 +43,12 @@ def accumulate(evaluation: "Evaluation", parts: Sequence[Part], at: object = Non
     of a backward pass, so each loss is first weighted as if all counts were the first one's, and
     the sum of gradients is corrected at the end. With equal counts the correction is exactly 1,
     and large counts do not overflow a float16 gradient.
+
+    Args:
+        evaluation: What to differentiate.
+        parts: Names whose losses are differentiated together.
+        at: Modules at whose outputs gradients are wanted too.
+        weights: What each name's loss is multiplied by, 1 if left out.
     """
     names = [name for part in parts for name in part]
     seen: dict[str, list[Loss]] = {name: [] for name in names}
@@ -55,8 +66,9 @@ def accumulate(evaluation: "Evaluation", parts: Sequence[Part], at: object = Non
             for name, mean in means.items():
                 seen[name].append(mean)
                 factor = mean.samples / (seen[name][0].samples * len(batches))
+                weight = 1.0 if weights is None else weights.get(name, 1.0)
                 if name in terms:
-                    terms[name] = weighted(terms[name], factor)
+                    terms[name] = weighted(terms[name], factor * weight)
             for output in outputs:
                 output.retain_grad()
             losses = evaluation.join(terms, parts)
