@@ -223,11 +223,7 @@ class Evaluation:
         Returns:
             The averaged losses by name.
         """
-        if is_sharded(self.parameters):
-            raise ValueError(
-                "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
-                "needs whole backward passes."
-            )
+        refuse_shards(self.parameters)
         seen: dict[str, list[Loss]] = {}
         count = len(self.batches)
         self.ranks.check_batches(count)
@@ -372,6 +368,15 @@ class Evaluation:
         for task, factor in _to_floats({t: found[t] for t in whole.gradients}).items():
             add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
         return whole.values
+
+
+def refuse_shards(parameters: Sequence[Tensor]) -> None:
+    """Refuses to work at features of a model under FSDP2."""
+    if is_sharded(parameters):
+        raise ValueError(
+            "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
+            "needs whole backward passes."
+        )
 
 
 def _to_floats(weights: Mapping[Any, float | Tensor]) -> dict[Any, float]:
