@@ -89,7 +89,7 @@ class CombiningOptimizer(MultiTaskOptimizer):
             )
         return checked
 
-    # What a method is.
+    # Implemented by the methods.
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
         """Adds the method's gradient to `.grad` and returns the present tasks' losses."""

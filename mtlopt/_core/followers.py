@@ -68,8 +68,8 @@ class Follower:
     """Copies changes in the panel's groups to one task's groups, except for overrides.
 
     A value that differs from the one copied last was set by the user, or by a scheduler on the
-    task's own optimizer: an override, which stays until :meth:`reset`. What the optimizer itself
-    changes during a step (such as a counter in its groups) is not one.
+    task's own optimizer: an override, which stays until :meth:`reset`. A change that the
+    optimizer itself makes during a step (such as a counter in its groups) is not one.
     """
 
     def __init__(

@@ -184,7 +184,7 @@ class MultiTaskOptimizer(Optimizer):
 
     @abstractmethod
     def _take_step(self, evaluation: Evaluation) -> Values:
-        """Updates the parameters and returns the losses: what a method is."""
+        """Updates the parameters and returns the present tasks' losses."""
 
     @abstractmethod
     def _step_on_grads(self, closure: Callable[[], Any] | None) -> Any:
@@ -287,7 +287,7 @@ class MultiTaskOptimizer(Optimizer):
             return None
         return torch.stack([flag.to(flags[0].device) for flag in flags]).sum() > 0
 
-    # What torch expects of an optimizer.
+    # The contract with torch.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ class Panel:
         for hook in owner._optimizer_step_post_hooks.values():
             hook(optimizer, args, kwargs)
 
-    # What torch expects of an optimizer.
+    # The contract with torch.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group for every task, or, if that fails, for none."""
@@ -151,7 +151,7 @@ class Panel:
         self._follow(**self._overrides())
 
     def zero_grad(self, set_to_none: bool) -> None:
-        """Sets all gradients to None; zeros would reach the other tasks' heads."""
+        """Sets all gradients to None; zeros would let weight decay move other heads."""
         if not set_to_none:
             raise ValueError(
                 "`set_to_none` must be True, got False: with zero gradients weight decay would "

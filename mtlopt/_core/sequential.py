@@ -203,7 +203,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         drawn: list[int] = torch.randperm(len(self.tasks), generator=self.generator).tolist()
         return drawn
 
-    # What is not a function of losses.
+    # Refusals.
 
     _without_losses: str
     _with_ready_losses: str

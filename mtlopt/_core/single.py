@@ -84,7 +84,7 @@ class _Turn:
 
 
 def check_plain(optimizer: object, remedy: str) -> None:
-    """Refuses what is no plain optimizer, or takes the gradients by hooks of its own."""
+    """Refuses an argument that is no plain optimizer, or one that hooks into backward passes."""
     name = type(optimizer).__name__
     rule = f"`optimizer` must be an instance of a plain torch.optim.Optimizer, got {name}"
     if isinstance(optimizer, MultiTaskOptimizer):

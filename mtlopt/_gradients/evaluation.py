@@ -287,8 +287,8 @@ class Evaluation:
         """Asks for losses on one batch.
 
         Returns:
-            What to differentiate here, each loss times this process's share of the samples; and
-            the averages of the present losses over all processes, without a graph.
+            The terms to differentiate here, each loss times this process's share of the samples;
+            and the averages of the present losses over all processes, without a graph.
         """
         present = self.losses(names, batch)
         # Absent tasks are reported too: another process may have samples of them.

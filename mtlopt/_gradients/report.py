@@ -36,7 +36,7 @@ class Report:
                 self.mistakes.append(Mistake("unreached", name))
 
     def search_for_others(self, terms: Iterable[Tensor], parameters: Sequence[Tensor]) -> None:
-        """Searches graphs for other parameters, whose gradients no correction reaches."""
+        """Searches graphs for foreign parameters, whose gradients cannot be corrected."""
         own = set(map(id, parameters))
         if any(id(leaf) not in own for leaf in leaves(terms) or ()):
             self.mistakes.append(Mistake("others"))

@@ -27,7 +27,7 @@ class Sums(NamedTuple):
     values: Values
     """The averaged losses of the present tasks."""
     corrections: dict[str, float]
-    """What turns each name's sum into its average."""
+    """The factors that turn each name's sum into its average."""
 
 
 def accumulate(
@@ -45,10 +45,10 @@ def accumulate(
     and large counts do not overflow a float16 gradient.
 
     Args:
-        evaluation: What to differentiate.
+        evaluation: The losses to differentiate, and how.
         parts: Names whose losses are differentiated together.
         at: Modules at whose outputs gradients are wanted too.
-        weights: What each name's loss is multiplied by, 1 if left out.
+        weights: Loss weights by name, 1 if left out.
     """
     seen: dict[str, list[Loss]] = {name: [] for part in parts for name in part}
     sums = Sums({}, {}, {}, {})

@@ -22,24 +22,24 @@ class Aggregated(CombiningOptimizer):
 
     .. math:: w \leftarrow w - \eta \, \mathcal{A}(J), \quad J = (g_1, \dots, g_T)^\top
 
-    The rows of J run over the shared parameters, those that at least two of the present tasks
-    reach; the others get their plain gradient. An aggregator that works from the Gramian
-    :math:`J J^\top` gets that alone, and no matrix J is built. The rows of absent tasks are
-    dropped, which an aggregator with a state or with a vector of length T cannot take.
+    The rows of J cover the shared parameters, on which the losses of at least two present tasks
+    depend; the others get their plain gradient. For an aggregator that needs only the Gramian
+    :math:`J J^\top`, no matrix J is built. Rows of absent tasks are left out, which an aggregator
+    with a state or with a vector of length T does not allow.
 
-    The state of an aggregator is saved in the state dict, but for NashMTL, whose state is that of
-    a solver: it starts afresh on a resumed run.
+    The state of an aggregator is saved in the state dict, except for NashMTL's, which belongs to a
+    solver and starts from scratch in a resumed run.
 
     Args:
         optimizer: Optimizer that applies the combined gradient; it owns the parameters.
         tasks: Names of the tasks; a tuple of names is a group, one objective with one row.
         aggregator: A ``torchjd.aggregation.Aggregator`` (TorchJD 0.18 or later).
-        forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
+        forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
         check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
         features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
-            combined there, and one backward pass takes the result through the trunk.
+            combined there, and one backward pass carries the result through the trunk.
 
     Raises:
         ImportError: If TorchJD is not installed.

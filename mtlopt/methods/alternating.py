@@ -25,7 +25,7 @@ class AlternatingOptimizer(SequentialOptimizer):
     Args:
         optimizer: Optimizer that takes every task's step; it owns the parameters.
         tasks: Names of the tasks; a tuple of names is a group, one objective with one step.
-        order: "fixed" keeps the order of `tasks`, "shuffled" draws it anew each step from
+        order: "fixed" keeps the order of `tasks`, "shuffled" draws it at every step from
             ``self.generator`` (seed 0; saved in the state dict).
         per_step: How many of the T tasks a step visits, so that it costs as many passes: all of
             them if None. They come from a shuffled cycle, each equally often; one that is absent

@@ -55,8 +55,8 @@ class GradNorm(CombiningOptimizer):
     A task that trains more slowly than the others gets a larger gradient (:math:`\alpha > 0`).
     After the network's step the weights :math:`w_i` take one step of Adam on the loss
     :math:`\sum_i |w_i \lVert g_i \rVert - \bar G r_i^\alpha|`, with :math:`r_i` the relative
-    inverse training rate, are clamped at 1e-3 and rescaled to their sum T. That loss never reaches
-    the network. Losses must be positive.
+    inverse training rate, are clamped at 1e-3 and rescaled to their sum T. That loss does not
+    train the network. Losses must be positive.
 
     Args:
         optimizer: Optimizer that applies the weighted gradient; it owns the parameters.
@@ -221,7 +221,7 @@ class GradNorm(CombiningOptimizer):
 
 @dataclass
 class Observation:
-    """What a task's weight learns from: the norm of the weighted gradient, losses by name."""
+    """Holds what a task's weight learns from: its weighted gradient's norm, its losses."""
 
     norm: float = 0.0
     losses: dict[str, list[float]] = field(default_factory=dict)

@@ -234,7 +234,7 @@ class Rule:
 
         Args:
             losses: (T,) averaged losses of the present tasks.
-            parameters: Those of the optimizer, among which the rule's own may be.
+            parameters: The optimizer's parameters, which may include the rule's own.
 
         Returns:
             The scalar, its (T,) derivatives by the losses, and by id its gradients with respect to
