@@ -52,7 +52,7 @@ def reproduce(options: argparse.Namespace) -> None:
     rates = given.pop("lr", None) or (RATES if what == "lr-sweep" else (Settings().lr,))
     if what == "table2":
         given = {"pretrained": "imagenet", "width": 64} | given
-    given = {"norm": "batch"} | given  # as published
+    given = {"norm": "batch", "mirror": "off", "crop": "off"} | given  # as published
     if seeds < 1:
         raise InputError(f"`--seeds` must be at least 1, got {seeds}.")
     if folds and folds < 3:

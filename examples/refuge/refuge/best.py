@@ -49,6 +49,7 @@ def load_photographs(
         wanted,
         fold=settings.folds(),
         second_pass=settings.second_pass,
+        crop=settings.crop == "on",
     )
 
 
@@ -108,6 +109,7 @@ def load_best(folder: Path, network: Network, settings: Settings) -> tuple[Train
             partial(autocast, settings),
             device,
             settings.second_pass,
+            settings.crop == "on",
         )
         epochs: dict[str, int] = state["epochs"]
     except (LookupError, RuntimeError, TypeError) as error:

@@ -19,6 +19,7 @@ from refuge.network import ENCODERS, NORMS, TASKS
 
 METHODS = ("independent", "alternating", "joint", "pcgrad", "gradnorm", "single")
 AGGREGATED = "torchjd:"  # followed by the name of an aggregator
+SWITCH = ("on", "off")
 RUNS = Path("runs")
 
 
@@ -26,7 +27,8 @@ RUNS = Path("runs")
 class Settings:
     """Everything that a run's final weights depend on; the defaults suit two CPU cores.
 
-    As published: width 64, size 256, lr 1e-4, 300 epochs, batch size 8, norm "batch".
+    As published: width 64, size 256, lr 1e-4, 300 epochs, batch size 8, norm "batch", mirror and
+    crop "off".
     """
 
     data: str = "phantom"
@@ -43,6 +45,8 @@ class Settings:
     dropout: float = 0.8
     group_size: int = 1
     weights: str = ""
+    mirror: str = "on"
+    crop: str = "on"
     augment: bool = False
     second_pass: bool = False
     patience: int = 0
@@ -194,7 +198,9 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
         "weights in the joint loss, such as fovea=30; others are 1",
         metavar="A=X,B=Y",
     )
-    add("augment", "rotate, mirror and recolour training pictures at random", action="store_true")
+    add("mirror", "mirror training pictures at random: off as published", choices=SWITCH)
+    add("crop", "cut photographs to their field of view: off as published", choices=SWITCH)
+    add("augment", "rotate, scale and recolour training pictures at random", action="store_true")
     add("second_pass", "segment the cup a second time, in the enlarged disc", action="store_true")
     stop = "stop after N validations without improvement; 0 for never"
     add("patience", stop, type=int, metavar="N")
