@@ -76,6 +76,7 @@ def test_youdens_threshold_is_the_best_of_all_that_validation_offers() -> None:
     point, reason = choose_point(np.append(LABELS, (-1, 1)), np.append(AVERAGE, (0.9, np.nan)))
     assert point is not None
     assert reason == ""
+    assert point.calibration is not None
     risks = point.calibration.probabilities(AVERAGE)
     assert risks.mean() == pytest.approx(LABELS.mean(), abs=1e-3)
     assert np.all(np.diff(risks[np.argsort(AVERAGE)]) >= 0)
@@ -95,6 +96,7 @@ def test_decisions_are_measured_on_other_photographs() -> None:
     """Sensitivity over the positives, specificity over the negatives, unknown ones left out."""
     point, _ = choose_point(LABELS, AVERAGE)
     assert point is not None
+    assert point.calibration is not None
     threshold = point.thresholds["youden"]
     raw = expit((logit(threshold) - point.calibration.intercept) / point.calibration.slope)
     labels = np.array([1, 1, 0, 0, 0, -1, 1])
@@ -166,6 +168,7 @@ def test_a_report_has_decisions_and_what_probabilities_are_worth(
     """Two pictures of each class, three of them on the right side of the threshold."""
     point, _ = choose_point(LABELS, AVERAGE)
     assert point is not None
+    assert point.calibration is not None
     threshold = point.thresholds["youden"]
     raw = expit((logit(threshold) - point.calibration.intercept) / point.calibration.slope)
     pictures = load_splits(str(repacked), 32, seed=0)["test"]

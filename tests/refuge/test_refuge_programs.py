@@ -279,7 +279,8 @@ def test_a_table_is_made_of_runs_that_are_kept(
 
     text = (out / "table1.md").read_text(encoding="utf-8")
     assert text.startswith(
-        "Test split of repacked, 2 epochs, width 2, 32 px, batch size 4, norm batch.\n"
+        "Test split of repacked, 2 epochs, width 2, 32 px, batch size 4, norm batch, mirror off, "
+        "crop off.\n"
     )
     for method, lr in chosen.items():
         runs = [home / f"runs/{method}-lr{lr}-seed{seed}/metrics.json" for seed in (0, 1)]
@@ -384,7 +385,7 @@ def test_a_verdict_compares_the_calibrated_average_with_the_threshold(
     (tmp_path / "run/operating_point.json").write_text(json.dumps(content))
     assert predict.main(arguments) == 0
     said = capsys.readouterr().out
-    assert "on the test split sensitivity 0.75 [0.50, 1.00], specificity 0.50." in said
+    assert "on the test split of data sensitivity 0.75 [0.50, 1.00], specificity 0.50." in said
     rows = read_table(tmp_path / "out/predictions.csv")
     for row in rows:
         expected = "refer" if float(row["probability"]) >= middle else "no sign"
@@ -394,7 +395,8 @@ def test_a_verdict_compares_the_calibrated_average_with_the_threshold(
     for row in rows:
         assert f"{row['photograph']}: {row['verdict']}" in page
     assert predict.main([*arguments, "--rule", "youden"]) == 0
-    assert "on the validation split sensitivity 0.75, specificity 0.50." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "on the validation photographs of data sensitivity 0.75, specificity 0.50." in said
     assert {row["verdict"] for row in read_table(tmp_path / "out/predictions.csv")} == {"refer"}
 
 

@@ -148,8 +148,7 @@ def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: 
 
     out = tmp_path / "run"
     arguments = ("--data", repacked, "--method", "single", "--epochs", 1, *TINY, "--dropout", 0)
-    arguments += ("--mirror", "off")
-    assert run_here(*arguments, "--out", out) == 0
+    assert run_here(*arguments, "--mirror", "off", "--out", out) == 0
     pictures = load_splits(str(repacked), 32, seed=0)["train"]
     torch.manual_seed(0)
     networks = SingleTaskNetworks(width=2, dropout=0).networks

@@ -61,6 +61,7 @@ class Quality:
             reasons = [fault] if fault else []
             for name, values in self.features.items():
                 low, high = _bounds(limits, name, UNGRADABLE)
+                high = np.inf if name.endswith("certainty") else high
                 # Without a disc the features of the disc say nothing.
                 if not (low <= values[row] <= high) and not np.isnan(values[row]):
                     reasons.append(REASONS[name][int(values[row] > high)])

@@ -109,16 +109,20 @@ def _read_entry(where: str, entry: dict[str, Any], listing: Listing) -> Record:
         if not masks:
             raise InputError(f"{where}: {Path(name).stem}.bmp: no such file.")
         mask = only(masks)
-    size = None
-    if "Size_X" in entry or "Size_Y" in entry:
-        if missing := [column for column in ("Size_X", "Size_Y") if column not in entry]:
-            raise InputError(f"{where}: column {missing[0]!r} is missing.")
-        size = (_number(where, entry, "Size_X"), _number(where, entry, "Size_Y"))
     eye = entry.get("Eye", "")
     if eye not in EYES:
         raise InputError(f"{where}: `Eye` must be left or right, got {eye!r}.")
     label = None if label is None else int(label)
+    size = _read_size(where, entry)
     return file_record(only(pictures), mask, frozenset(annotated), label, fovea, size, eye)
+
+
+def _read_size(where: str, entry: dict[str, Any]) -> tuple[float, float] | None:
+    if "Size_X" not in entry and "Size_Y" not in entry:
+        return None
+    if missing := [column for column in ("Size_X", "Size_Y") if column not in entry]:
+        raise InputError(f"{where}: column {missing[0]!r} is missing.")
+    return _number(where, entry, "Size_X"), _number(where, entry, "Size_Y")
 
 
 def _number(where: str, entry: dict[str, Any], column: str) -> float:
