@@ -60,7 +60,9 @@ def draw_ramp(number: int) -> Image.Image:
     grey = np.tile(np.linspace(0, 255, SIDE), (SIDE, 1))
     colour = ((1, 1, 1), (1, 1, 1), (1, 0.5, 0.3), (0.2, 0.4, 1))[number]
     pixels = (grey[..., None] * np.array(colour)).astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 0, 2) if number % 2 else pixels))
+    image = Image.fromarray(
+        np.ascontiguousarray(pixels.transpose(1, 0, 2) if number % 2 else pixels)
+    )
     return in_circle(image) if number > 1 else image
 
 

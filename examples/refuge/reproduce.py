@@ -15,10 +15,10 @@ from pathlib import Path
 
 from refuge.best import load_photographs, open_run
 from refuge.errors import InputError, report_errors
-from refuge.files import make_folder
-from refuge.methods import build_aggregator
+from refuge.files import lock_folder, make_folder
+from refuge.methods import check_method
 from refuge.photographs.data import describe
-from refuge.settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
+from refuge.settings import RUNS, Parser, Settings, add_flags, complete, read_settings
 from refuge.study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
 from refuge.study.tables import (
     FinishedRun,
@@ -97,8 +97,7 @@ def plan(base: Settings, method: str, lr: float) -> Settings:
     weights = base.weights if method == "joint" else ""
     settings = replace(base, method=method, lr=lr, weights=weights)
     settings.check()
-    if method.startswith(AGGREGATED):
-        build_aggregator(method.removeprefix(AGGREGATED))
+    check_method(settings)
     return settings
 
 
@@ -146,7 +145,8 @@ def finish(settings: Settings, home: Path) -> FinishedRun:
     if not (folder / "metrics.json").exists():
         print(folder, flush=True)
         make_folder(folder)
-        train(settings, folder, resume=True)
+        with lock_folder(folder):
+            train(settings, folder, resume=True)
     return read_run(settings, folder)
 
 

@@ -14,7 +14,11 @@ from refuge.measurement.evaluation import Evaluation, Predictions, measure
 from refuge.measurement.intervals import Bootstrap
 from refuge.measurement.operating import (
     MINIMUM_PER_CLASS,
+    OperatingPoint,
+    calibrate,
     choose_point,
+    describe_transfer,
+    measure_calibration,
     measure_point,
     read_point,
     write_point,
@@ -190,3 +194,91 @@ def test_a_report_has_decisions_and_what_probabilities_are_worth(
     risk = [float(row.split(",")[5]) for row in rows[1:]]
     assert [value >= threshold for value in risk] == [False, True, False, False]
     assert (tmp_path / "figures/reliability.png").stat().st_size > 5000
+
+
+def test_the_threshold_for_a_specificity_is_a_quantile_of_the_healthy() -> None:
+    """Of 60 healthy scores the 51.85-th, by hand; positives have no say, and need not be there."""
+    healthy = np.sort(RNG.uniform(0.01, 0.5, 60))
+    expected = healthy[50] + 0.85 * (healthy[51] - healthy[50])
+    point, _ = choose_point(np.zeros(60, dtype=int), healthy)
+    assert point is not None
+    assert point.calibration is None
+    assert point.thresholds == {"specificity": pytest.approx(expected, rel=1e-12)}
+    assert point.validation["specificity"] == {"sensitivity": None, "specificity": 0.85}
+    few = np.append(healthy, (0.4, 0.6))
+    again, _ = choose_point(np.append(np.zeros(60, dtype=int), (1, 1)), few)
+    assert again is not None
+    assert again.thresholds == point.thresholds
+    assert again.risks(few).tolist() == pytest.approx([np.nan] * 62, nan_ok=True)
+
+
+def test_redrawn_validation_gives_the_specificity_that_was_asked_for() -> None:
+    """And with eight positives among eighty more sensitivity than the highest allowed point had.
+
+    That rule, the published one's nearest, took the first threshold of the ROC curve whose
+    specificity suffices and whose sensitivity is highest; with few positives that is far too high.
+    """
+    rng = np.random.default_rng(3)
+    labels = np.repeat((1, 0), (8, 72))
+    eyes = expit(rng.normal(-1, 1, 20_000)), expit(rng.normal(1.3, 1, 20_000))
+    specificities, sensitivities, before = [], [], []
+    for _ in range(200):
+        scores = np.concatenate((rng.choice(eyes[1], 8), rng.choice(eyes[0], 72)))
+        point, _ = choose_point(labels, scores)
+        assert point is not None
+        threshold = point.thresholds["specificity"]
+        specificities.append(np.mean(eyes[0] < threshold))
+        sensitivities.append(np.mean(eyes[1] >= threshold))
+        false, true, thresholds = roc_curve(labels, scores, drop_intermediate=False)
+        allowed = np.where(1 - false >= 0.85, true - 1e-6 * false, -1)
+        before.append(np.mean(eyes[1] >= thresholds[allowed.argmax()]))
+    assert np.mean(specificities) == pytest.approx(0.85, abs=0.01)
+    assert np.mean(sensitivities) > np.mean(before) + 0.02
+
+
+def test_platts_targets_shrink_the_risks_of_few_photographs() -> None:
+    """Perfectly separated scores of twelve and twelve would otherwise become 0 and 1."""
+    labels, scores = np.repeat((1, 0), 12), np.repeat((0.9, 0.1), 12)
+    risks = calibrate(labels, scores).probabilities(scores)
+    assert risks[0] == pytest.approx(13 / 14, abs=0.01)
+    assert risks[-1] == pytest.approx(1 / 14, abs=0.01)
+
+
+def test_calibration_is_measured_by_hand() -> None:
+    """Two bins: said 0.2 and 0.6, happened 1/4 and 3/4; slope and intercept by the likelihood."""
+    labels = np.array([0, 0, 0, 1, 0, 1, 1, 1, -1])
+    risks = np.array([0.2] * 4 + [0.6] * 4 + [0.9])
+    found = measure_calibration(labels, risks, bins=2)
+    assert found is not None
+    assert found["error"] == pytest.approx((0.05 + 0.15) / 2)
+    assert found["brier"] == pytest.approx((3 * 0.04 + 0.64 + 0.36 + 3 * 0.16) / 8)
+    slope = (logit(0.75) - logit(0.25)) / (logit(0.6) - logit(0.2))
+    assert found["slope"] == pytest.approx(slope, rel=1e-3)
+    assert found["intercept"] == pytest.approx(logit(0.75) - slope * logit(0.6), abs=1e-3)
+    assert measure_calibration(np.ones(3, dtype=int), risks[:3]) is None
+
+
+@pytest.mark.parametrize(
+    ("specificity", "sensitivity", "sentence"),
+    [
+        ((0.36, [0.30, 0.42]), (0.98, [0.9, 1.0]), "does not carry over (specificity 0.36 [0.30, "),
+        ((0.86, [0.80, 0.91]), (0.80, [0.7, 0.9]), "carries over (specificity 0.86 [0.80, 0.91] "),
+        ((0.86, [0.80, 0.91]), (0.40, [0.3, 0.5]), "does not carry over: sensitivity 0.40 [0.30, "),
+        ((0.86, [0.80, 0.91]), (None, None), "carries over (specificity 0.86"),
+        ((None, None), (0.9, [0.8, 1.0]), "is unknown: no healthy photograph here"),
+    ],
+)
+def test_one_sentence_says_whether_a_threshold_carries_over(
+    specificity: tuple[float | None, list[float] | None],
+    sensitivity: tuple[float | None, list[float] | None],
+    sentence: str,
+) -> None:
+    test = {"specificity": {"sensitivity": 0.85}}
+    point = OperatingPoint(None, {"specificity": 0.3}, {}, test)
+    found = {
+        "specificity": specificity[0],
+        "specificity_interval": specificity[1],
+        "sensitivity": sensitivity[0],
+        "sensitivity_interval": sensitivity[1],
+    }
+    assert sentence in describe_transfer(point, found)

@@ -22,10 +22,12 @@ from PIL import Image
 from torch import nn
 from torch._functorch import config as functorch_config
 
+import evaluate
 import mtlopt
 import train
 from refuge.best import load_best, parts, save_best
 from refuge.errors import InputError
+from refuge.files import lock_folder
 from refuge.measurement import figures
 from refuge.measurement.evaluation import Trained
 from refuge.methods import build_network, build_optimizer
@@ -198,7 +200,7 @@ def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.fill_(epoch)
-        save_best(tmp_path, epoch, improved, Trained(network, TASKS, None))
+        save_best(tmp_path, epoch, improved, Trained(network, TASKS, None), settings)
     trained, epochs = load_best(tmp_path, network, settings)
     assert epochs == dict(zip(prefixes, (15, 10, 5, 5), strict=True))
     for prefix, epoch in epochs.items():
@@ -684,3 +686,48 @@ def test_the_default_run_learns_all_four_tasks(train_py: Run, tmp_path: Path) ->
         for file in (tmp_path / "run/figures/overlays.png", ROOT / "docs/_static/demo.png")
     )
     assert np.abs(drawn - shown).mean() < 2
+
+
+def test_two_runs_into_one_folder_are_kept_apart(
+    finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second says so before it reads a photograph."""
+    out = copy(finished["joint"], tmp_path / "run")
+    before = (out / "last.pt").read_bytes()
+    with lock_folder(out):
+        assert run_here("--resume", "--out", out, "--epochs", 3) == 2
+    assert capsys.readouterr().err == (
+        f"train.py: error: {out}: another process is training into this folder.\n"
+    )
+    assert (out / "last.pt").read_bytes() == before
+    assert not (out / ".lock").exists()
+    assert run_here("--resume", "--out", out, "--epochs", 3) == 0
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_an_edited_config_is_noticed(
+    finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The settings belong to the weights; this one would fit their shapes."""
+    out = copy(finished["joint"], tmp_path / "run")
+    config = read(out / "config.json")
+    (out / "config.json").write_text(json.dumps(config | {"mirror": "on"}))
+    capsys.readouterr()
+    program = train.main if name == "last.pt" else evaluate.main
+    arguments = (
+        ["--resume", "--out", str(out), "--epochs", "3"] if name == "last.pt" else [str(out)]
+    )
+    assert program(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{out / name}: not " in error
+    assert "`mirror` was off, `config.json` says on" in error
+
+
+def test_an_unknown_aggregator_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("refuge.run.load_photographs", pytest.fail)
+    assert run_here("--method", "torchjd:Nope", "--out", tmp_path / "run") == 2
+    assert "must name an aggregator of TorchJD, got Nope" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

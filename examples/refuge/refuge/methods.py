@@ -105,6 +105,16 @@ def build_optimizer(
     return mtlopt.Aggregated(adam, objectives, aggregator, **common)
 
 
+def check_method(settings: Settings) -> None:
+    """Refuses a method that is not available, before photographs are read.
+
+    Raises:
+        InputError: TorchJD lacks the aggregator, or is not installed.
+    """
+    if settings.method.startswith(AGGREGATED):
+        build_aggregator(settings.method.removeprefix(AGGREGATED))
+
+
 def check_annotations(settings: Settings, known: Mapping[str, Tensor]) -> None:
     """Refuses aggregators that would fail at the first batch without some task.
 

@@ -150,7 +150,7 @@ def build_state(settings: Settings, processes: Processes, file: Path | None) -> 
     shuffle = torch.Generator().manual_seed(settings.seed)
     state = TrainingState(network, optimizer, scaler, shuffle)
     if file:
-        state.load(file, processes)
+        state.load(file, processes, settings)
     return state
 
 

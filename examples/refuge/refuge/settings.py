@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from refuge.errors import InputError
-from refuge.files import make_folder, read_json
+from refuge.files import lock_folder, make_folder, read_json
 from refuge.network import ENCODERS, NORMS, TASKS
 
 METHODS = ("independent", "alternating", "joint", "pcgrad", "gradnorm", "single")
 AGGREGATED = "torchjd:"  # followed by the name of an aggregator
 SWITCH = ("on", "off")
+CHANGEABLE = ("epochs", "device")  # settings that a resumed run may change
 RUNS = Path("runs")
 
 
@@ -240,7 +242,7 @@ def read_settings(folder: Path) -> Settings:
 
 def _resumed(out: Path, given: dict[str, Any]) -> Settings:
     saved = read_settings(out)
-    for name in given.keys() - {"epochs", "device"}:
+    for name in given.keys() - set(CHANGEABLE):
         if given[name] != (before := getattr(saved, name)):
             raise InputError(
                 f"`{_flag(name)}` must be {before} as in {out / 'config.json'}, got {given[name]}."
@@ -248,8 +250,25 @@ def _resumed(out: Path, given: dict[str, Any]) -> Settings:
     return replace(saved, **given)
 
 
-def claim_folder(request: Request) -> Path:
+def compare(saved: Mapping[str, Any], settings: Settings) -> str:
+    """Says in which setting a checkpoint and `config.json` differ, as somebody edited one; or "".
+
+    Args:
+        saved: The settings in the checkpoint.
+        settings: The settings in `config.json`.
+    """
+    for name, value in asdict(settings).items():
+        if name not in (*CHANGEABLE, "data") and saved.get(name) != value:
+            return f"`{name}` was {saved.get(name)}, `config.json` says {value}"
+    return ""
+
+
+def claim_folder(request: Request, claimed: ExitStack | None = None) -> Path:
     """Creates the folder of a run; picks a free name if none was given.
+
+    Args:
+        request: The run.
+        claimed: Takes up a lock on the folder.
 
     Raises:
         InputError: The folder cannot be created, or already contains a run.
@@ -258,6 +277,8 @@ def claim_folder(request: Request) -> Path:
     if not request.resume and (out / "config.json").exists():
         raise InputError(f"{out}: contains a run; give `--resume` to continue it.")
     make_folder(out)
+    if claimed:
+        claimed.enter_context(lock_folder(out))
     return out
 
 

@@ -32,7 +32,7 @@ def validate(run: Run) -> None:
     shown = "-" if row["score"] is None else f"{row['score']:.3f}"
     tqdm.write(f"epoch {state.epoch} of {run.settings.epochs}: score {shown}")
     if improved:
-        save_best(run.out, state.epoch, improved, run.trained)
+        save_best(run.out, state.epoch, improved, run.trained, run.settings)
 
 
 def finish(run: Run) -> None:
