@@ -17,6 +17,7 @@ from refuge.errors import InputError
 Pair = tuple[Image.Image, Image.Image | None]
 MASK_VALUES = (0, 128, 255)  # cup, rim, background
 EYES = ("", "left", "right")
+DICOM = (".dcm", ".dicom")
 
 # More pixels than any fundus camera has: an error that names the file, not a bare warning.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -181,6 +182,8 @@ def _read_mask(file: Path) -> Image.Image:
 def read_image(file: Path) -> Image.Image:
     """Decodes to RGB, or RGBA if pixels are transparent; keeps 8-bit grey and deeper pixels."""
     try:
+        if file.suffix.lower() in DICOM:
+            return _read_dicom(file)
         with Image.open(file) as image:
             # Annotations are assumed to refer to the picture as viewers show it. Sizes reveal
             # where that is wrong, except for square pictures and rotations by 180 degrees.
@@ -190,6 +193,20 @@ def read_image(file: Path) -> Image.Image:
         if shown.has_transparency_data:
             return shown.convert("RGBA")
         return shown if shown.mode == "L" else shown.convert("RGB")
-    # Pillow's decoders raise nearly any exception for a damaged file.
+    except InputError:
+        raise
+    # Decoders raise nearly any exception for a damaged file.
     except Exception as error:
         raise InputError(f"{file}: not a readable picture ({error}).") from error
+
+
+def _read_dicom(file: Path) -> Image.Image:
+    """Decodes the pixels of a DICOM file, and nothing of what it says about the patient."""
+    try:
+        from pydicom.pixels import pixel_array  # noqa: PLC0415  # optional
+    except ImportError as error:
+        raise InputError(f"{file}: DICOM needs pydicom: pip install 'mtlopt[dicom]'.") from error
+    with warnings.catch_warnings():
+        # pydicom warns of values that no pixel depends on.
+        warnings.simplefilter("ignore")
+        return Image.fromarray(pixel_array(file))
