@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openpyxl
 from PIL import Image, ImageOps
 
 from refuge.photographs.phantoms import Eye, draw_phantom, to_pixels
@@ -57,6 +56,8 @@ def write_split(folder: Path, entries: Sequence[dict[str, Any]], masks: str = "s
 
 def write_table(file: Path, header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> None:
     """Writes an Excel file as REFUGE's are."""
+    import openpyxl  # The oldest environment is tested without the program and its packages.
+
     book = openpyxl.Workbook()
     for row in (header, *rows):
         book.active.append(list(row))

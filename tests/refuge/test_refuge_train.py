@@ -32,6 +32,7 @@ from refuge.measurement import figures
 from refuge.measurement.evaluation import Trained
 from refuge.methods import build_network, build_optimizer
 from refuge.network import TASKS
+from refuge.photographs.data import load_splits
 from refuge.processes import ONE_PROCESS
 from refuge.run import VALIDATE_EVERY, build_state
 from refuge.settings import METHODS, Settings, claim_folder, parse
@@ -255,6 +256,8 @@ def test_without_cup_masks_cup_metrics_are_null(tmp_path: Path, repacked: Path) 
     assert metrics["notes"] == [
         "no training picture is annotated for cup.",
         "no vCDR classifier: no training picture has disc, cup and glaucoma annotated.",
+        "11 test pictures are also among the training pictures (a0.jpg): their numbers are too "
+        "good.",
         "no decision threshold: validation has 0 pictures without glaucoma, and needs 10.",
     ]
     with (out / "history.csv").open(newline="") as opened:
@@ -731,3 +734,37 @@ def test_an_unknown_aggregator_is_refused_before_anything_is_read(
     assert run_here("--method", "torchjd:Nope", "--out", tmp_path / "run") == 2
     assert "must name an aggregator of TorchJD, got Nope" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "torchjd:Mean"])
+def test_gradients_are_combined_where_the_heads_begin(
+    repacked: Path, tmp_path: Path, method: str
+) -> None:
+    """At the outputs of encoder and decoder, in one forward pass; a run resumes as any other."""
+    settings = Settings(method=method, features=True, width=2)
+    network = build_network(settings)
+    optimizer: Any = build_optimizer(settings, network, None)
+    pictures = load_splits(str(repacked), 32, seed=0)["train"]
+    seen = []
+    for module in (network.encoder[-1], network.decoder[-1]):  # type: ignore[union-attr, index]
+        module.register_forward_hook(lambda _, __, output: seen.append(output))
+    losses = train.make_losses(settings, network)
+    assert optimizer.step(losses, pictures[[0, 1, 2, 3]]).keys() == set(TASKS)
+    assert len(seen) == 2
+    if method != "pcgrad":
+        return
+    one, other = tmp_path / "one", tmp_path / "other"
+    arguments = ("--data", repacked, *TINY, "--method", method, "--features")
+    assert run_here(*arguments, "--epochs", 2, "--out", one) == 0
+    assert run_here(*arguments, "--epochs", 1, "--out", other) == 0
+    assert run_here("--resume", "--epochs", 2, "--out", other) == 0
+    for name, value in weights(one).items():
+        assert torch.equal(value, weights(other)[name]), name
+
+
+def test_the_cut_needs_a_method_that_combines_gradients(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_here("--features") == 2
+    expected = "`--features` must be for pcgrad, gradnorm or torchjd:NAME, got True.\n"
+    assert capsys.readouterr().err.endswith(expected)

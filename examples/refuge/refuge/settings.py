@@ -47,6 +47,7 @@ class Settings:
     dropout: float = 0.8
     group_size: int = 1
     weights: str = ""
+    features: bool = False
     mirror: str = "on"
     crop: str = "on"
     augment: bool = False
@@ -85,6 +86,9 @@ class Settings:
         if self.weights:
             kept = self.method == "joint" and self.loss_weights() is not None
             rules["weights"] = (kept, "like fovea=30,cup=2, positive, and with `--method joint`")
+        if self.features:
+            cut = self.method in ("pcgrad", "gradnorm") or self.method.startswith(AGGREGATED)
+            rules["features"] = (cut, f"for pcgrad, gradnorm or {AGGREGATED}NAME")
         for name, (kept, rule) in rules.items():
             if not kept:
                 raise InputError(f"`{_flag(name)}` must be {rule}, got {getattr(self, name)}.")
@@ -200,6 +204,8 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
         "weights in the joint loss, such as fovea=30; others are 1",
         metavar="A=X,B=Y",
     )
+    cut = "combine gradients where the heads begin, with pcgrad, gradnorm or torchjd"
+    add("features", cut, action="store_true")
     add("mirror", "mirror training pictures at random: off as published", choices=SWITCH)
     add("crop", "cut photographs to their field of view: off as published", choices=SWITCH)
     add("augment", "rotate, scale and recolour training pictures at random", action="store_true")
