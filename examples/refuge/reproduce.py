@@ -20,6 +20,7 @@ from refuge.methods import check_method
 from refuge.photographs.data import describe
 from refuge.settings import RUNS, Parser, Settings, add_flags, complete, read_settings
 from refuge.study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
+from refuge.study.folds import write_decisions
 from refuge.study.tables import (
     FinishedRun,
     choose_rates,
@@ -85,6 +86,11 @@ def reproduce(options: argparse.Namespace) -> None:
     write_table(out / f"{what}.md", what, f"{over} of {title}.", runs)
     write_runs(out / f"{what}.csv", runs)
     draw_figures(out, runs, title)
+    if folds:
+        first = [run for run in runs if run.settings.seed == base.seed]
+        text = f"Every photograph of {title}, tested once, seed {base.seed}."
+        write_decisions(out / "decisions.md", text, first)
+        print((out / "decisions.md").read_text(encoding="utf-8"))
     print((out / f"{what}.md").read_text(encoding="utf-8"))
 
 

@@ -27,6 +27,7 @@ from refuge.measurement.report import write_report
 from refuge.metrics import reference_sensitivity
 from refuge.photographs.data import load_splits
 from refuge.screening.page import Card, Summary, write_pages
+from refuge.study.folds import cross_validate
 
 RNG = np.random.default_rng(0)
 LABELS = np.repeat((1, 0), (20, 40))
@@ -282,3 +283,27 @@ def test_one_sentence_says_whether_a_threshold_carries_over(
         "sensitivity_interval": sensitivity[1],
     }
     assert sentence in describe_transfer(point, found)
+
+
+def test_each_fold_is_decided_by_a_threshold_of_the_others() -> None:
+    """By hand for three folds of 15 healthy and 3 sick photographs, too few to calibrate on."""
+    rng = np.random.default_rng(4)
+    folds, right = [], {0: [], 1: []}
+    for _ in range(3):
+        labels = np.repeat((1, 0), (3, 15))
+        folds.append((labels, np.round(rng.uniform(0, 0.6, 18) + 0.3 * labels, 3), labels == 9))
+    for number, (labels, scores, _) in enumerate(folds):
+        others = np.sort(
+            np.concatenate([s[3:] for n, (_, s, _) in enumerate(folds) if n != number])
+        )
+        # Of 30 healthy scores the 26.35-th.
+        threshold = others[25] + 0.35 * (others[26] - others[25])
+        for label in (0, 1):
+            right[label] += ((scores >= threshold) == label)[labels == label].tolist()
+    said = cross_validate(folds)
+    assert said.startswith(f"sensitivity {np.mean(right[1]):.2f} [")
+    assert f", specificity {np.mean(right[0]):.2f} [" in said
+    folds[0][2][:2] = True
+    assert cross_validate(folds).endswith("; 2 ungradable")
+    few = [(labels[:6], scores[:6], lost[:6]) for labels, scores, lost in folds]
+    assert "the other folds has 6 pictures without glaucoma" in cross_validate(few)

@@ -321,6 +321,9 @@ def test_a_table_of_folds_averages_over_them(home: Path, tmp_path: Path) -> None
     assert [row["fold"] for row in rows] == ["1/4", "2/4", "3/4", "4/4"]
     text = (tmp_path / "table1/table1.md").read_text(encoding="utf-8")
     assert text.startswith("Mean over 4 folds of data, 1 epochs, ")
+    text_of_all = (tmp_path / "table1/decisions.md").read_text(encoding="utf-8")
+    assert "| joint | " in text_of_all
+    assert text_of_all.rstrip().endswith("| 16 |")
     dice = [100 * float(row["disc_dice"]) for row in rows]
     assert f" {statistics.mean(dice):.2f} ± {statistics.stdev(dice):.2f} " in text
     tested = [
