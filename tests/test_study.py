@@ -18,7 +18,9 @@ import torch
 from benchmarks import toy
 from benchmarks.study.comparison import compare, differences, holm
 from benchmarks.study.costs import measure_costs
-from benchmarks.study.methods import METHODS, SUM, TUNED, constants, make_optimizer, names
+from benchmarks.study.figures import STYLES, draw
+from benchmarks.study.findings import View, compare_all
+from benchmarks.study.methods import METHODS, SUM, TUNED, constants, family, make_optimizer, names
 from benchmarks.study.plan import (
     FIRST_FINAL_SEED,
     GRID,
@@ -35,6 +37,7 @@ from benchmarks.study.plan import (
 from benchmarks.study.problem import load, make
 from benchmarks.study.problems import burgers, qm9
 from benchmarks.study.problems.heads import LinearHeads
+from benchmarks.study.report import number
 from benchmarks.study.results import RUNS, append_rows, load_rows, read_scores
 from benchmarks.study.rules import NormalisedSTCH
 from benchmarks.study.training import run, score, train
@@ -411,6 +414,77 @@ def test_where_all_methods_are_the_same_few_problems_find_a_word() -> None:
         found = compare({str(m): list(draw.normal(size=seeds) - rival) for m in range(methods)})
         wrong += any(each.word != "undecided" for each in found.values())
     assert 0 < wrong <= 0.05 * problems
+
+
+def view_of(**means: float) -> View:
+    """Returns a view in which every method is that much better, with a little noise."""
+    noise = [1.0, -1.0, 0.5, -0.5, 0.2, -0.2, 0.0]
+    runs = {name: [final(name)._replace(seed=seed) for seed in range(7)] for name in means}
+    tests = {
+        run: {"auc": 1 + means[name] / 100 + noise[run.seed] * (0.0001 if name != TUNED else 0)}
+        for name, own in runs.items()
+        for run in own
+    }
+    found = compare_all(runs, list(means), tests, ())
+    assert found is not None
+    return found
+
+
+def test_the_methods_are_compared_with_the_tuned_sum_at_the_same_seeds() -> None:
+    found = view_of(**{TUNED: 0.0, "PCGrad": 1.0, "DWA": -2.0, "MGDA": 0.0})
+    assert found.best_first[0] == "PCGrad"
+    assert found.best_first[-1] == "DWA"
+    assert [found.comparisons[m].word for m in ("PCGrad", "DWA", "MGDA")] == [
+        *("better", "worse", "undecided"),
+    ]
+    assert found.comparisons["PCGrad"].mean == pytest.approx(1.0)
+
+
+def test_a_method_whose_runs_failed_or_are_missing_is_named_and_not_compared() -> None:
+    runs = {name: [final(name)._replace(seed=seed) for seed in (1, 2)] for name in "abc"}
+    runs[TUNED] = runs.pop("a")
+    tests: dict[Config, Mapping[str, float] | None] = {
+        each: {"auc": 0.5} for own in runs.values() for each in own
+    }
+    tests[runs["b"][0]] = None
+    del tests[runs["c"][1]]
+    found = compare_all(runs, [TUNED, "b", "c", "d"], tests, ())
+    assert found is not None
+    assert (list(found.tests), found.failed, found.running) == ([TUNED], {"b": 1}, ["d", "c"])
+    del tests[runs[TUNED][0]]
+    assert compare_all(runs, [TUNED], tests, ()) is None
+
+
+def test_single_task_networks_are_one_method_once_all_have_finished() -> None:
+    names_ = ["single:x", "single:y", TUNED]
+    runs = {name: [final(name)._replace(seed=seed) for seed in (1, 2)] for name in names_}
+    tests: dict[Config, Mapping[str, float] | None] = {
+        each: {"x": 0.5, "y": 0.25} if name == TUNED else {name[-1]: 0.5}
+        for name, own in runs.items()
+        for each in own
+    }
+    found = compare_all(runs, names_, tests, ())
+    assert found is not None
+    assert found.comparisons["single"].mean == pytest.approx(100 * (0 + 1) / 2)
+    del tests[runs["single:y"][1]]
+    found = compare_all(runs, names_, tests, ())
+    assert found is not None
+    assert (list(found.tests), found.running) == ([TUNED], ["single"])
+
+
+def test_the_figure_has_a_row_per_method_and_a_colour_and_shape_per_family() -> None:
+    found = view_of(**{TUNED: 0.0, "PCGrad": 1.0, "DWA": -2.0, "MGDA": -300.0})
+    (axes,) = draw(found).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["MGDA", "DWA", TUNED, "PCGrad"]
+    assert [text.get_text() for text in axes.texts] == ["◂ -300"]  # too far to the left
+    assert {family(method) for method in METHODS} < STYLES.keys()
+    assert len(set(STYLES.values())) == len({colour for colour, _ in STYLES.values()})
+    assert len({marker for _, marker in STYLES.values()}) == len(STYLES)
+
+
+def test_numbers_are_written_without_a_signed_zero() -> None:
+    assert [number(v) for v in (-0.001, 0.126, -12.34, 123.4)] == ["0.00", "+0.13", "−12.3", "+123"]
 
 
 def test_normalised_stch_is_a_smooth_maximum_after_its_warm_up() -> None:

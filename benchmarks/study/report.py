@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.comparison import Comparison
-from benchmarks.study.figures import draw
+from benchmarks.study.figures import DOTS, draw
 from benchmarks.study.findings import Findings, View, choice_of, find, mean_of
 from benchmarks.study.methods import REFERENCE, TUNED
 from benchmarks.study.study import Study
@@ -148,7 +148,7 @@ def write_report(folder: Path, studies: Sequence[Study]) -> None:
         if found.plateau is not None:
             text = table(found, found.plateau)
             (study.folder / "plateau.md").write_text(text, encoding="utf-8")
-        draw(found.equal, study.folder / "equal-compute.png")
+        draw(found.equal).savefig(study.folder / "equal-compute.png", dpi=DOTS)
         print(f"\n{found.name}\n\n{table(found, found.equal)}\n{sentence(found)}")
     (folder / "state.md").write_text(state(every), encoding="utf-8")
     if judged := [found for found in every if found.judged]:
