@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.study.comparison import Comparison
 from benchmarks.study.figures import DOTS, draw
 from benchmarks.study.findings import Findings, View, choice_of, find, mean_of
-from benchmarks.study.methods import REFERENCE, TUNED
+from benchmarks.study.methods import METHODS, REFERENCE, TUNED
 from benchmarks.study.study import Study
 from benchmarks.timing import write_table
 
@@ -102,16 +102,18 @@ def sentence(findings: Findings) -> str:
 
 
 def headline(found: Sequence[Findings]) -> str:
-    """Returns all methods that ran on every problem, at equal compute."""
+    """Returns every method on every problem, at equal compute; empty where it did not run."""
     views = [each.equal for each in found if each.equal is not None]
-    common = [m for m in views[0].tests if all(m in view.tests for view in views) and m != TUNED]
+    methods = [REFERENCE, *METHODS]
     rows = []
-    for method in common:
-        own = [view.comparisons[method] for view in views]
-        words = [each.word for each in own]
-        total = f"{words.count('better')} / {words.count('worse')}"
-        rows.append([method, *map(marked, own), total])
-    return write_table(["method", *(each.name for each in found), "▲ / ▼"], rows)
+    for method in methods:
+        own = [view.comparisons.get(method) for view in views]
+        words = [each.word for each in own if each is not None]
+        if words:
+            cells = [marked(each) if each is not None else "" for each in own]
+            count = f"{words.count('better')}, {words.count('worse')} of {len(words)}"
+            rows.append([method, *cells, count])
+    return write_table(["method", *(each.name for each in found), "▲, ▼"], rows)
 
 
 def state(found: Sequence[Findings]) -> str:
@@ -126,8 +128,15 @@ def state(found: Sequence[Findings]) -> str:
             "complete" if each.complete else "judged at equal compute" if each.judged else "begun"
         )
         hours = f"{each.seconds_left / 3600:.1f}" if each.seconds_left else ""
-        rows.append([each.name, len(each.ratios), steps, words, "" if each.complete else hours])
-    columns = ["problem", "methods", "steps of the sum", "state", "CPU hours left, about"]
+        count = f"{len(each.ratios)} of {each.known}"
+        rows.append([each.name, count, steps, words, "" if each.complete else hours])
+    columns = [
+        "problem",
+        "methods begun",
+        "steps of the sum",
+        "state of those",
+        "CPU hours left, about",
+    ]
     return write_table(columns, rows)
 
 
