@@ -7,8 +7,9 @@
 
 A second call continues where the first one stopped. The protocol:
 
-1. The plain sum's steps double until that gains nothing on validation (the plateau). All training
-   is Adam with a cosine schedule; a run keeps the step that is best on validation.
+1. The sum's steps double until that gains nothing on validation (the plateau), with equal weights
+   or with those that make its gradients alike. All training is Adam with a cosine schedule; a run
+   keeps the step that is best on validation.
 2. The search, on three seeds and validation alone. Each method tries five learning rates or more,
    until the best has neighbours on both sides, then eight other values of its constants; the
    sum's are its weights. The best three with the first seed run with all three.

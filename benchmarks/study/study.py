@@ -78,7 +78,7 @@ class Study:
             return Plan()
         problem = self.problem
         limits = {"first": problem.steps, "doublings": problem.doublings, "seeds": self.seeds}
-        return plan(entries, read_scores(self.rows()), plain=SUM, tuned=TUNED, **limits)
+        return plan(entries, read_scores(self.rows()), tuned=TUNED, **limits)
 
     def measure(self, methods: Sequence[str], repetitions: int) -> None:
         """Times the steps of methods that have not been timed, next to the plain sum's."""
