@@ -48,7 +48,7 @@ matrix: floor
 
 floor: $(VENV)-floor/.installed
 	$(VENV)-floor/bin/python -m pytest -n auto --ignore tests/refuge --ignore tests/test_benchmarks.py \
-		--ignore tests/test_integrations.py --ignore tests/test_study.py
+		--ignore-glob 'tests/test_integrations*' --ignore tests/test_study.py
 
 $(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from mtlopt._gradients import combine, gram
-from mtlopt._pcgrad import project_conflicts
+from mtlopt._gradients.arithmetic import combine, gram
+from mtlopt.methods.pcgrad import project_conflicts
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
-from network import MultiTaskUNet
+from refuge.network import MultiTaskUNet
 
 COUNTS = (2, 4, 8, 16, 40)
 PEERS = {

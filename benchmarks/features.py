@@ -23,7 +23,7 @@ import mtlopt
 from benchmarks import timing
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
-from network import TASKS, MultiTaskUNet
+from refuge.network import TASKS, MultiTaskUNet
 
 BY_HAND = "joint, by hand"
 NAMES = (BY_HAND, "joint", "pcgrad", "pcgrad, features", "gradnorm, features", "upgrad, features")

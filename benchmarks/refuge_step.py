@@ -30,12 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import timing
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
-from methods import build_network, build_optimizer, compile_network
-from photographs.data import Batch, Photographs
-from photographs.phantoms import phantom_records
-from photographs.records import Record, file_record
-from settings import Settings
-from study import tables
+from refuge.methods import build_network, build_optimizer, compile_network
+from refuge.photographs.data import Batch, Photographs
+from refuge.photographs.phantoms import phantom_records
+from refuge.photographs.records import Record, file_record
+from refuge.settings import Settings
+from refuge.study import tables
 from train import make_losses
 
 # Methods and the paper's seconds of one forward and backward pass (Titan Xp, torch 1.2).

@@ -25,9 +25,9 @@ import mtlopt
 from benchmarks import timing
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
-from losses import task_losses
-from network import TASKS, MultiTaskUNet
-from photographs.data import Batch
+from refuge.losses import task_losses
+from refuge.network import TASKS, MultiTaskUNet
+from refuge.photographs.data import Batch
 
 FLOORS = {
     "joint": "joint, by hand",

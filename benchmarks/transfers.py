@@ -19,7 +19,7 @@ from benchmarks import timing
 from benchmarks.steps import Problem, make_step
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
-from network import TASKS
+from refuge.network import TASKS
 
 SEEN = {
     "copies to the host": "Memcpy DtoH",

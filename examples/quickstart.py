@@ -26,7 +26,7 @@ Losses = Callable[[Sequence[str], Tensor, Targets], dict[str, Tensor]]
 
 
 class Network(nn.Module):
-    """A trunk too narrow for the tasks not to disturb one another, and a head per task."""
+    """A trunk so narrow that the tasks interfere, and a head per task."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
 
 def make_data(count: int) -> tuple[Tensor, Targets]:
-    """Draws things to sell, and three targets that differ in kind and in scale."""
+    """Samples items for sale, and three targets that differ in kind and in scale."""
     inputs = torch.randn(count, 8)
     cost, rarity, demand = (inputs @ torch.randn(8, 3) / 8**0.5).T
     sold = (demand > cost).float()

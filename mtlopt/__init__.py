@@ -1,14 +1,14 @@
-"""mtlopt: multi-task optimizers for PyTorch, one object in the place of `torch.optim.Adam(...)`."""
+"""mtlopt: multi-task optimizers for PyTorch that replace `torch.optim.Adam(...)` in your loop."""
 
-from mtlopt._aggregated import Aggregated
-from mtlopt._alternating import AlternatingOptimizer
-from mtlopt._base import MultiTaskOptimizer
-from mtlopt._conflicts import ConflictReport, conflicts
-from mtlopt._gradnorm import GradNorm
-from mtlopt._independent import IndependentOptimizer, random_groups
-from mtlopt._joint import JointOptimizer
-from mtlopt._pcgrad import PCGrad
-from mtlopt._scalarized import Scalarized
+from mtlopt._core.optimizer import MultiTaskOptimizer
+from mtlopt.methods.aggregated import Aggregated
+from mtlopt.methods.alternating import AlternatingOptimizer
+from mtlopt.methods.conflicts import ConflictReport, conflicts
+from mtlopt.methods.gradnorm import GradNorm
+from mtlopt.methods.independent import IndependentOptimizer, random_groups
+from mtlopt.methods.joint import JointOptimizer
+from mtlopt.methods.pcgrad import PCGrad
+from mtlopt.methods.scalarized import Scalarized
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""What the modules for frameworks share: which optimizer it is, and how ranks take part."""
+"""Shared by the modules for frameworks: checks the optimizer and sets up the ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mtlopt._alternating import AlternatingOptimizer
-from mtlopt._base import MultiTaskOptimizer
-from mtlopt._independent import IndependentOptimizer
+from mtlopt._core.optimizer import MultiTaskOptimizer
 
 
 def check_optimizer(optimizer: object, source: str) -> MultiTaskOptimizer:
-    """Returns the optimizer of `source`, or says what to return there."""
+    """Returns the optimizer that `source` made, or raises an error that says what to return."""
     if not isinstance(optimizer, MultiTaskOptimizer):
         raise TypeError(
             f"`{source}` must return an optimizer of mtlopt, such as "
@@ -23,34 +21,32 @@ def check_optimizer(optimizer: object, source: str) -> MultiTaskOptimizer:
     return optimizer
 
 
-def steps_per_task(optimizer: MultiTaskOptimizer) -> bool:
-    """Whether each task has passes and a step of its own, for which DDP reduces the gradients."""
-    if isinstance(optimizer, IndependentOptimizer):
-        return optimizer.schedule == "sequential"
-    return isinstance(optimizer, AlternatingOptimizer)
+def expects_ddp(optimizer: MultiTaskOptimizer) -> bool:
+    """Returns whether the method expects a model in DDP, which reduces each task's gradient."""
+    return optimizer._model_is_wrapped
 
 
 def reduce_in_the_optimizer(optimizer: MultiTaskOptimizer) -> None:
-    """Names the ranks to a method that reduces each task's gradient itself, if none are named."""
+    """Gives all ranks to a method that reduces gradients itself, unless it has a group already."""
     if optimizer.process_group is None:
         optimizer.process_group = dist.group.WORLD
 
 
 class Losses(nn.Module):
-    """A module whose forward pass is the user's `losses`: what DDP can be put around."""
+    """Calls the user's `losses` in its forward pass, so that DDP can wrap it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, tasks: Sequence[str], batch: Any) -> Any:
-        """Returns the losses of the tasks that are wanted now."""
+        """Returns the losses of the requested tasks."""
         losses: Any = self.module.losses
         return losses(tasks, batch)
 
 
 def reduce_in_ddp(module: nn.Module, device_ids: Any) -> nn.Module:
-    """Wraps `module.losses` in DDP: a task reaches no other task's head."""
+    """Wraps `module.losses` in DDP; a task leaves the other tasks' heads unused."""
     return DistributedDataParallel(
         Losses(module), device_ids=device_ids, find_unused_parameters=True
     )

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtlopt._base import MultiTaskOptimizer
+from mtlopt._core.optimizer import MultiTaskOptimizer
 from mtlopt._frameworks import (
     check_optimizer,
+    expects_ddp,
     reduce_in_ddp,
     reduce_in_the_optimizer,
-    steps_per_task,
 )
 
 try:
@@ -158,7 +158,7 @@ class MultiTaskModule(LightningModule):
                     'MultiTaskModule must run on one device or under Trainer(strategy="ddp"), '
                     f"got {type(strategy).__name__}."
                 )
-            if steps_per_task(own):
+            if expects_ddp(own):
                 wrapper = reduce_in_ddp(self, strategy.determine_ddp_device_ids())
             else:
                 reduce_in_the_optimizer(own)

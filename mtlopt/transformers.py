@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from mtlopt._base import MultiTaskOptimizer
-from mtlopt._frameworks import check_optimizer, reduce_in_the_optimizer, steps_per_task, sum_losses
-from mtlopt._losses import names_of
+from mtlopt._core.optimizer import MultiTaskOptimizer
+from mtlopt._frameworks import check_optimizer, expects_ddp, reduce_in_the_optimizer, sum_losses
+from mtlopt._gradients.losses import names_of
 
 try:
     from accelerate.utils import DistributedType
@@ -116,7 +116,7 @@ class MultiTaskTrainer(Trainer):
             self._own = own
             own.scaler = own.scaler or self.accelerator.scaler
             own.register_step_pre_hook(self._before_update)
-            if self.args.world_size > 1 and not steps_per_task(own):
+            if self.args.world_size > 1 and not expects_ddp(own):
                 reduce_in_the_optimizer(own)
         return own
 
@@ -140,7 +140,7 @@ class MultiTaskTrainer(Trainer):
         train: Any = getattr(self._own, "train", None)
         if train is not None:  # classes with modes (schedule-free)
             train()
-        if not steps_per_task(self._own):
+        if not expects_ddp(self._own):
             model = self.accelerator.unwrap_model(model)
         self._norms = []
         values = self._own.step(partial(self._ask, model), micro_batches=self._micro_batches)

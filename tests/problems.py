@@ -1,6 +1,8 @@
-"""Small networks and optimizer classes that the tests of the methods share."""
+"""Small networks, their losses and batches, and the optimizer classes the tests run with."""
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +77,37 @@ def step_overflowing(
         optimizer.step(bad)
 
 
+def twins(dtype: torch.dtype = torch.float64) -> tuple[Network, Network]:
+    """Returns two networks with the same weights."""
+    model, twin = Network(dtype), Network(dtype)
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
+def leaf(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, requires_grad=True)
+
+
+def halves(x: Tensor, y: Mapping[str, Tensor], at: int) -> list[tuple[Any, ...]]:
+    """Cuts a batch into two micro-batches."""
+    return [
+        (x[:at], {t: v[:at] for t, v in y.items()}),
+        (x[at:], {t: v[at:] for t, v in y.items()}),
+    ]
+
+
+def with_counts(losses: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the same losses, each with the number of samples it is the mean of."""
+    return lambda tasks, x, y: {t: (v, len(x)) for t, v in losses(tasks, x, y).items()}
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -84,6 +117,12 @@ def assert_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> N
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def assert_close(model: nn.Module, expected: nn.Module, atol: float = 1e-12) -> None:
+    """Compares the weights of two networks."""
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=atol, msg=name)
 
 
 O = torch.optim  # noqa: E741  # short in the table

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtlopt._balance import Balance, Seen
+from mtlopt.methods.gradnorm import LossWeights
 
 
 def make(**initial: float) -> Balance:

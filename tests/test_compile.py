@@ -1,5 +1,6 @@
 """With torch.compile a method does what it does without."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -8,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.optim import Adam
 from torchjd.aggregation import UPGrad
 from torchjd.scalarization import GeometricMean
 
 import mtlopt
+import reference
 from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -155,3 +158,26 @@ def test_zeros_that_torch_steps_on_make_states_in_a_compiled_process_too() -> No
     optimizer = mtlopt.IndependentOptimizer(torch.optim.Adam, model.parameters(), TASKS, lr=0.01)
     get_optimizer_state_dict(model, optimizer["a"])
     assert optimizer["a"].state.keys() == set(model.parameters())
+
+
+@pytest.mark.slow
+def test_an_imperative_step_does_not_move_the_other_heads_of_a_compiled_model() -> None:
+    """Its graph fills their gradients with zeros; weight decay and moments would move them."""
+    torch.manual_seed(1)
+    model = Network(torch.float32)
+    expected = copy.deepcopy(model)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.5}
+    optimizer = mtlopt.IndependentOptimizer(Adam, model.parameters(), TASKS, **options)
+    plain = {task: Adam(expected.parameters(), **options) for task in TASKS}
+    for x, y in batches(2):
+        x, y = x.float(), {t: v.float() for t, v in y.items()}  # noqa: PLW2901  # cast once
+        reference.independent(plain, make_losses(expected), TASKS, x, y)
+        for task in TASKS:
+            optimizer.zero_grad()
+            ((compiled(x, TASKS)[task] - y[task]) ** 2).mean().mul(
+                {"a": 1.0, "b": 3.0, "c": 0.2}[task]
+            ).backward()
+            optimizer[task].step()
+    for name, weight in snapshot(model).items():
+        torch.testing.assert_close(weight, snapshot(expected)[name], rtol=1e-4, atol=1e-6)

@@ -1,12 +1,12 @@
-"""Every method with every class of `torch.optim`, against plain loops written here."""
+"""Every method with every class of `torch.optim`, against the reference in plain PyTorch."""
 
 import copy
 import io
 import itertools
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlopt
+import reference
 from problems import (
     CLASSES,
     DENSE,
@@ -25,6 +26,7 @@ from problems import (
     make_network,
     snapshot,
 )
+from round_trips import by_pickle
 
 METHODS = ("joint", "alternating", "independent")
 STEPS = 20
@@ -44,46 +46,21 @@ def scheduler_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.L
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
 
 
-def plain_step(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Callable[[], Any]) -> Any:
-    """One step as everybody writes it."""
-
-    def closure() -> Any:
-        model.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    if isinstance(optimizer, torch.optim.LBFGS):
-        return optimizer.step(closure).detach()
-    value = closure().detach()
-    optimizer.step()
-    return value
-
-
-def plain_loop(method: str, name: str, model: nn.Module, steps: int = STEPS) -> list[list[Tensor]]:
-    """Eqs. 1, 2 and 3 by hand, with a scheduler on each optimizer; returns the losses."""
+def reference_of(method: str, name: str, model: nn.Module) -> tuple[Any, list[Any]]:
+    """Returns a step of the reference, and the optimizers that it uses."""
     optimizer_class, options = CLASSES[name]
-    losses = make_losses(model)
-    count = len(TASKS) if method == "independent" else 1
-    optimizers = [
-        optimizer_class(model.parameters(), **copy.deepcopy(options)) for _ in range(count)
-    ]
-    schedulers = [scheduler_of(optimizer) for optimizer in optimizers]
-    history = []
-    for x, y in batches(steps):
-        if method == "joint":
-            values = losses(TASKS, x, y)
-            history.append([values[task].detach() for task in TASKS])
-            plain_step(optimizers[0], model, lambda: sum(losses(TASKS, x, y).values()))
-        else:
-            row = []
-            for k, task in enumerate(TASKS):
-                own = optimizers[k % count]
-                row.append(plain_step(own, model, lambda: losses((task,), x, y)[task]))
-            history.append(row)
-        for scheduler in schedulers:
-            scheduler.step()
-    return history
+
+    def build() -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = optimizer_class(
+            model.parameters(), **copy.deepcopy(options)
+        )
+        return optimizer
+
+    if method in ("joint", "alternating"):
+        optimizer = build()
+        return partial(getattr(reference, method), optimizer), [optimizer]
+    optimizers = {task: build() for task in TASKS}
+    return partial(getattr(reference, method), optimizers), list(optimizers.values())
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -91,18 +68,18 @@ def plain_loop(method: str, name: str, model: nn.Module, steps: int = STEPS) -> 
 def test_a_method_is_its_plain_loop_bit_for_bit(method: str, name: str) -> None:
     """Weights and returned losses, 20 steps, with a scheduler running on the one optimizer."""
     expected, model = make_network(name), make_network(name)
-    history = plain_loop(method, name, expected)
+    plain_step, plain = reference_of(method, name, expected)
     start = snapshot(model)
-
     optimizer = make(method, name, model)
-    scheduler = scheduler_of(optimizer)
-    losses = make_losses(model)
-    for (x, y), row in zip(batches(STEPS), history, strict=True):
-        values = optimizer.step(losses, x, y)
-        scheduler.step()
+    schedulers = [scheduler_of(each) for each in (optimizer, *plain)]
+    for x, y in batches(STEPS):
+        values = optimizer.step(make_losses(model), x, y)
+        expected_values = plain_step(make_losses(expected), TASKS, x, y)
+        for scheduler in schedulers:
+            scheduler.step()
         assert list(values) == list(TASKS)
         assert all(not value.requires_grad for value in values.values())
-        assert [v.item() for v in values.values()] == [v.item() for v in row]
+        assert [v.item() for v in values.values()] == [v.item() for v in expected_values.values()]
     assert_equal(snapshot(model), snapshot(expected))
     assert not any(torch.equal(p, start[n]) for n, p in model.named_parameters())
 
@@ -114,32 +91,20 @@ def test_with_one_task_a_method_is_the_class_itself(method: str, name: str) -> N
     optimizer_class, options = CLASSES[name]
     plain = optimizer_class(expected.parameters(), **copy.deepcopy(options))
     optimizer = make(method, name, model, ["b"])
-    losses, expected_losses = make_losses(model), make_losses(expected)
     for x, y in batches(5):
-        plain_step(plain, expected, lambda: expected_losses(("b",), x, y)["b"])
-        optimizer.step(losses, x, y)
+        reference.joint(plain, make_losses(expected), ["b"], x, y)
+        optimizer.step(make_losses(model), x, y)
     assert_equal(snapshot(model), snapshot(expected))
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name != "LBFGS"])
 def test_simultaneous_is_three_optimizers_on_gradients_of_the_same_weights(name: str) -> None:
     expected, model = make_network(name), make_network(name)
-    optimizer_class, options = CLASSES[name]
-    parameters = list(expected.parameters())
-    plain = [optimizer_class(parameters, **copy.deepcopy(options)) for _ in TASKS]
+    plain_step, _ = reference_of("simultaneous", name, expected)
     optimizer = make("independent", name, model, schedule="simultaneous")
-    losses, expected_losses = make_losses(model), make_losses(expected)
     for x, y in batches(STEPS):
-        gradients = []
-        for task in TASKS:
-            expected.zero_grad()
-            expected_losses((task,), x, y)[task].backward()
-            gradients.append([p.grad for p in parameters])
-        for own, gradient in zip(plain, gradients, strict=True):
-            for parameter, part in zip(parameters, gradient, strict=True):
-                parameter.grad = part
-            own.step()
-        optimizer.step(losses, x, y)
+        optimizer.step(make_losses(model), x, y)
+        plain_step(make_losses(expected), TASKS, x, y)
     assert_equal(snapshot(model), snapshot(expected))
 
 
@@ -155,7 +120,7 @@ RESUMED = ("Adam", "SGD-momentum", "Adam-tensor-lr", "LBFGS", "SparseAdam")
 
 
 def resumed(method: str, name: str, saved: dict[str, Any]) -> dict[str, Tensor]:
-    """Goes on from what was saved after four steps, up to the eighth."""
+    """Continues from what was saved after four steps, up to the eighth."""
     model = make_network(name)
     optimizer = make(method, name, model, **saved["keywords"])
     scheduler = scheduler_of(optimizer)
@@ -170,7 +135,7 @@ def resumed(method: str, name: str, saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def test_a_run_resumes_bit_for_bit_in_another_process(tmp_path: Path) -> None:
-    """Every method with classes that keep unlike states; one process for all: it starts slowly."""
+    """With classes that keep different kinds of state; all in one process, which starts slowly."""
     runs, expected = {}, {}
     for method, name in itertools.product(METHODS, RESUMED):
         keywords = {} if method == "joint" else {"order": "shuffled"}
@@ -199,17 +164,13 @@ def test_a_run_resumes_bit_for_bit_in_another_process(tmp_path: Path) -> None:
         assert_equal(found[run], weights)
 
 
-def by_pickle(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))
-
-
 @pytest.mark.parametrize("copier", [copy.deepcopy, by_pickle])
 @pytest.mark.parametrize("name", ["Adam", "SGD-momentum", "LBFGS", "Adam-tensor-lr"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_copy_goes_on_alone_with_its_scheduler(
     method: str, name: str, copier: Callable[[Any], Any]
 ) -> None:
-    """The copy's steps move the copied network, the original's the original, equally."""
+    """The copy's steps move the copied network, the original's the original network."""
     model = make_network(name)
     optimizer = make(method, name, model)
     scheduler = scheduler_of(optimizer)

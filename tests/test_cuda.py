@@ -1,7 +1,7 @@
 """On a GPU the methods do what they do on a processor, and wait for it no more than they must.
 
 `benchmarks/gpu.sh` runs these; without CUDA they are skipped, and what can be seen without one is
-seen by test_copies.py.
+seen by test_synchronisation.py.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import mtlopt
 from problems import TASKS, Network, batches, make_losses, snapshot
-from test_copies import METHODS, TO_HOST, Levels
+from test_synchronisation import METHODS, TO_HOST, Levels
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mtlopt
+import reference
 from problems import CLASSES, TASKS, assert_equal, batches, make_losses, make_network, snapshot
 
 
@@ -34,7 +35,7 @@ def test_an_instance_is_its_class_called_once_a_task(name: str) -> None:
 
 
 def test_the_state_of_an_instance_goes_to_every_task() -> None:
-    """As T loads of its state dict would: the oracle is a plain loop that does this."""
+    """As loading its state dict into each of T optimizers would."""
     model, expected = make_network("Adam"), make_network("Adam")
     groups = [
         [{"params": m.trunk.parameters(), "lr": 0.02}, {"params": m.heads.parameters()}]
@@ -43,26 +44,21 @@ def test_the_state_of_an_instance_goes_to_every_task() -> None:
     base, plain = (torch.optim.AdamW(g, lr=0.01, weight_decay=0.1) for g in groups)
     for network, own in ((model, base), (expected, plain)):
         for x, y in batches(3):
-            own.zero_grad()
-            torch.stack(list(make_losses(network)(TASKS, x, y).values())).sum().backward()
-            own.step()
+            reference.joint(own, make_losses(network), TASKS, x, y)
     optimizer = mtlopt.IndependentOptimizer(base, TASKS)
-    by_hand = {}
+    by_hand: dict[str, torch.optim.Optimizer] = {}
     for task in TASKS:
         by_hand[task] = torch.optim.AdamW(copy.deepcopy(groups[1]), lr=0.01)
         by_hand[task].param_groups = [{**g} for g in plain.param_groups]
         by_hand[task].load_state_dict(copy.deepcopy(plain.state_dict()))
     for x, y in batches(3):
         optimizer.step(make_losses(model), x, y)
-        for task in TASKS:
-            expected.zero_grad()
-            make_losses(expected)((task,), x, y)[task].backward()
-            by_hand[task].step()
+        reference.independent(by_hand, make_losses(expected), TASKS, x, y)
     assert_equal(snapshot(model), snapshot(expected))
 
 
 def test_a_constructor_of_another_signature_does_not_matter() -> None:
-    """As those of frameworks, which hand out instances."""
+    """Frameworks and factories hand out instances."""
 
     class Odd(torch.optim.SGD):
         def __init__(self, model: Any, *, rate: float) -> None:
@@ -81,7 +77,7 @@ def test_a_constructor_of_another_signature_does_not_matter() -> None:
 
 
 def test_what_is_attached_to_an_instance_is_refused() -> None:
-    """It would move or see nothing any more."""
+    """A scheduler or hook on the instance would have no effect."""
     model = make_network("Adam")
     base = torch.optim.Adam(model.parameters())
     torch.optim.lr_scheduler.StepLR(base, 1)

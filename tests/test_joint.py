@@ -1,22 +1,21 @@
-"""JointOptimizer: weights, and the imperative form that replaces `.backward()`."""
+"""JointOptimizer: weights, closures, and the imperative form."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import SGD
 
+import mtlopt
+import reference
 from mtlopt import JointOptimizer
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, twins
 
 
 def make(model: Network, **keywords: Any) -> JointOptimizer:
     return JointOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), TASKS, **keywords)
-
-
-def twins() -> tuple[Network, Network]:
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
-    return model, twin
 
 
 @pytest.mark.parametrize("forwards", ["joint", "per-task"])
@@ -41,7 +40,7 @@ def test_weights_must_name_known_tasks() -> None:
 
 
 def test_backward_adds_to_the_gradients_and_step_applies_them_as_torch_does() -> None:
-    """Accumulation in torch's way: two halves, one step."""
+    """Accumulation as in torch: two halves, one step."""
     model, twin = twins()
     optimizer = make(model)
     plain = torch.optim.Adam(twin.parameters(), lr=0.1)
@@ -104,24 +103,17 @@ def test_a_line_search_sees_the_weighted_objective() -> None:
     """Bit for bit the plain loop's on the weighted sum; another value would mislead the search."""
     model, twin = twins()
     options: Any = {"max_iter": 5, "line_search_fn": "strong_wolfe"}
+    weights = {"a": 1.0, "b": 20.0, "c": 0.5}
     base = torch.optim.LBFGS(model.parameters(), **options)
-    optimizer = JointOptimizer(base, TASKS, weights={"a": 1.0, "b": 20.0, "c": 0.5})
+    optimizer = JointOptimizer(base, TASKS, weights)
     plain = torch.optim.LBFGS(twin.parameters(), **options)
     for x, y in batches(3):
-
-        def closure() -> Any:
-            plain.zero_grad()
-            losses = make_losses(twin)(TASKS, x, y)
-            total = losses["a"] + losses["b"] * 20.0 + losses["c"] * 0.5
-            total.backward()
-            return total
-
         optimizer.step(make_losses(model), x, y)
-        plain.step(closure)
+        reference.joint(plain, make_losses(twin), TASKS, x, y, weights=weights)
     assert_equal(snapshot(model), snapshot(twin))
 
 
-def test_ready_losses_have_one_forward_whatever_is_asked() -> None:
+def test_ready_losses_override_forwards_per_task() -> None:
     model, twin = twins()
     (x, y), *_ = batches(1)
     make(model, forwards="per-task").step(make_losses(model)(TASKS, x, y))
@@ -129,7 +121,7 @@ def test_ready_losses_have_one_forward_whatever_is_asked() -> None:
     assert_equal(snapshot(model), snapshot(twin))
 
 
-def test_a_network_frozen_altogether_is_told_so() -> None:
+def test_a_completely_frozen_network_is_an_error() -> None:
     model = Network()
     optimizer = make(model)
     for p in model.parameters():
@@ -139,7 +131,7 @@ def test_a_network_frozen_altogether_is_told_so() -> None:
 
 
 def test_weights_may_be_set_between_steps() -> None:
-    """So a rule that learns or draws weights takes three lines of the loop."""
+    """So a rule that learns or draws weights takes three lines in the loop."""
     model, twin = twins()
     optimizer = make(model)
     optimizer.weights["b"] = 0.25
@@ -151,7 +143,7 @@ def test_weights_may_be_set_between_steps() -> None:
     assert list(optimizer.step(make_losses(model), x, y)) == list(TASKS)
 
 
-def test_a_tensor_is_a_weight_that_may_change() -> None:
+def test_a_weight_may_be_a_tensor_that_changes() -> None:
     model, twin = twins()
     weight = torch.tensor(0.5, dtype=torch.float64)
     optimizer = make(model, weights={"b": weight})
@@ -160,3 +152,26 @@ def test_a_tensor_is_a_weight_that_may_change() -> None:
     optimizer.step(make_losses(model), x, y)
     make(twin, weights={"b": 0.25}).step(make_losses(twin), x, y)
     assert_equal(snapshot(model), snapshot(twin))
+
+
+def test_weights_that_require_a_gradient_are_refused() -> None:
+    """They would be learned in one form of the step and not in another."""
+    model = Network()
+    learned = nn.Parameter(torch.ones((), dtype=torch.float64))
+    before = snapshot(model)
+    for weight in (learned, learned.exp()):
+        with pytest.raises(TypeError, match=r"`weights`.*gradient"):
+            mtlopt.JointOptimizer(SGD(model.parameters(), lr=0.1), TASKS, {"a": weight})  # type: ignore[dict-item]  # on purpose
+    x, y = batches(1)[0]
+    steps: list[Callable[[Any], Any]] = [
+        lambda optimizer: optimizer.step(make_losses(model), x, y),
+        lambda optimizer: optimizer.step(make_losses(model), micro_batches=[(x, y), (x, y)]),
+        lambda optimizer: optimizer.backward(make_losses(model)(TASKS, x, y)),
+    ]
+    for step in steps:
+        optimizer: Any = mtlopt.JointOptimizer(SGD(model.parameters(), lr=0.1), TASKS)
+        with pytest.raises(TypeError, match=r"`weights`.*gradient"):  # noqa: PT012  # either line
+            optimizer.weights["a"] = learned
+            step(optimizer)
+        assert_equal(snapshot(model), before)
+    assert learned.grad is None

@@ -1,15 +1,30 @@
 """The protocol: what `step` accepts, and what it says about everything else."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Adam
 
 import mtlopt
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+import reference
+from all_methods import INDEPENDENT, make, make_for
+from problems import (
+    TASKS,
+    Network,
+    assert_equal,
+    batches,
+    leaf,
+    make_losses,
+    no_warnings,
+    snapshot,
+    twins,
+)
 
 
 def sgd(model: Network) -> torch.optim.Optimizer:
@@ -129,75 +144,6 @@ def test_an_error_inside_losses_is_not_dressed_up(method: str) -> None:
 
 
 @methods
-def test_micro_batches_must_hold_a_batch_and_stand_alone(method: str) -> None:
-    optimizer = MAKERS[method](Network())
-    with pytest.raises(ValueError, match="`micro_batches` must hold at least one batch, got none"):
-        optimizer.step(lambda tasks: {}, micro_batches=iter(()))
-    with pytest.raises(TypeError, match="`micro_batches` takes the place"):
-        optimizer.step(lambda tasks, x: {}, 1, micro_batches=[(1,)])
-
-
-@methods
-def test_micro_batches_average_each_task_by_its_own_count(method: str) -> None:
-    """A task labelled on 6, 0 and 2 samples is not diluted; another is bare on the second only."""
-    model, expected = Network(), Network()
-    expected.load_state_dict(model.state_dict())
-    (x, y), *_ = batches(1, size=12)
-    parts = [slice(0, 6), slice(6, 10), slice(10, 12)]
-    labelled = {"a": [6, 0, 2], "b": [6, 4, 2], "c": [0, 4, 0]}
-    everywhere = {
-        task: torch.cat([torch.arange(12)[p][:n] for p, n in zip(parts, counts, strict=True)])
-        for task, counts in labelled.items()
-    }
-
-    def square(m: Any, task: str, rows: Any) -> Any:
-        return ((m(x[rows], (task,))[task] - y[task][rows]) ** 2).mean()
-
-    def losses(tasks: Any, index: int) -> dict[str, Any]:
-        rows = torch.arange(12)[parts[index]]
-        counts = {t: labelled[t][index] for t in tasks}
-        return {t: (square(model, t, rows[:n]), n) if n else None for t, n in counts.items()}
-
-    optimizer, plain = MAKERS[method](model), MAKERS[method](expected)
-    for _ in range(3):
-        values = optimizer.step(losses, micro_batches=(i for i in range(3)))
-        whole = plain.step(lambda tasks: {t: square(expected, t, everywhere[t]) for t in tasks})
-        for task in TASKS:
-            torch.testing.assert_close(values[task], whole[task], rtol=1e-12, atol=0)
-    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
-
-
-@methods
-def test_a_group_is_one_objective_under_micro_batches_too(method: str) -> None:
-    """Its tasks keep their own counts: 4 and 2 for one, 0 and 2 for the other."""
-    groups = ["c", ("a", "b")]
-    model, expected = Network(), Network()
-    expected.load_state_dict(model.state_dict())
-    (x, y), *_ = batches(1, size=6)
-    rows: dict[str, Any] = {
-        "a": [slice(0, 4), slice(4, 6)],
-        "b": [None, slice(4, 6)],
-        "c": [slice(0, 4), None],
-    }
-    everywhere = {"a": slice(0, 6), "b": slice(4, 6), "c": slice(0, 4)}
-
-    def square(m: Any, task: str, part: slice) -> Any:
-        return ((m(x[part], (task,))[task] - y[task][part]) ** 2).mean()
-
-    def losses(tasks: Any, index: int) -> dict[str, Any]:
-        chosen = {t: rows[t][index] for t in tasks}
-        return {t: (square(model, t, r), r.stop - r.start) for t, r in chosen.items() if r}
-
-    optimizer, plain = MAKERS[method](model, groups), MAKERS[method](expected, groups)
-    for _ in range(3):
-        optimizer.step(losses, micro_batches=[0, 1])
-        plain.step(lambda tasks: {t: square(expected, t, everywhere[t]) for t in tasks})
-    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
-
-
-@methods
 def test_counts_may_come_as_numpy_and_tensor_integers(method: str) -> None:
     model = Network()
     losses = make_losses(model)
@@ -235,8 +181,7 @@ def test_step_clears_old_gradients_and_leaves_the_last_one(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["joint", "simultaneous"])
 def test_one_forward_serves_all_tasks_and_ready_losses_say_the_same(method: str) -> None:
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
+    model, twin = twins()
     optimizer, ready = MAKERS[method](model), MAKERS[method](twin)
     asked = []
 
@@ -312,11 +257,87 @@ def test_a_parameter_listed_twice_has_one_gradient() -> None:
     assert results[0] == results[1] == pytest.approx(0.8)
 
 
-@methods
-def test_large_counts_do_not_overflow_half_precision(method: str) -> None:
-    """Counts of pixels beside a gradient scaler: they are taken relative to the first."""
-    w = torch.nn.Parameter(torch.tensor([0.5], dtype=torch.float16))
-    model: Any = torch.nn.ParameterList([w])
-    optimizer = MAKERS[method](model, ["a"])
-    optimizer.step(lambda tasks, n: {"a": ((w * w).sum(), n)}, micro_batches=[260_000, 130_000])
-    assert w.item() == pytest.approx(0.4, abs=1e-3)
+@pytest.mark.parametrize("method", ["joint", "pcgrad", "alternating", *INDEPENDENT])
+def test_a_hundred_steps_without_labels_warn_once(method: str) -> None:
+    """A misspelt task name looks like a missing label."""
+    w = leaf(1.0)
+    optimizer = make(method, [w], ["disc", "cup"])
+
+    def nothing(tasks: Any) -> dict[str, Tensor]:
+        return {}
+
+    with no_warnings():
+        for _ in range(60):
+            optimizer.step(nothing)
+        optimizer.step(lambda tasks: {task: w.sum() for task in tasks})
+        for _ in range(99):
+            optimizer.step(nothing)
+    with pytest.warns(UserWarning, match="100") as caught:
+        optimizer.step(nothing)
+    assert len(caught) == 1
+    for word in ("'disc'", "'cup'", "label"):
+        assert word in str(caught[0].message)
+    with no_warnings():
+        for _ in range(150):
+            optimizer.step(nothing)
+
+
+@pytest.mark.parametrize("micro", [False, True])
+@pytest.mark.parametrize("method", ["joint", "pcgrad", "aggregated", "alternating", *INDEPENDENT])
+def test_a_loss_that_depends_on_no_parameter_warns_once(method: str, micro: bool) -> None:
+    """The trunk is detached, or no optimizer has the head: the task trains nothing."""
+    w, foreign = leaf(1.0), leaf(1.0)
+    optimizer = make(method, [w], TASKS)
+    reached = {"a", "c"}
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        return {task: (w if task in reached else foreign).square().sum() for task in tasks}
+
+    def step() -> None:
+        optimizer.step(losses, micro_batches=[(), ()] if micro else None)
+
+    with pytest.warns(UserWarning, match="'b'") as caught:
+        step()
+    assert len(caught) == 1
+    with no_warnings():
+        step()
+    if method == "joint" and not micro:
+        return  # The sum has one backward pass; only its first graph is searched.
+    reached.remove("c")
+    with pytest.warns(UserWarning, match="'c'") as caught:
+        step()
+    assert len(caught) == 1
+    with no_warnings():
+        step()
+
+
+@pytest.mark.parametrize("method", ["alternating", "independent", "per task"])
+def test_a_task_that_was_not_asked_for_is_ignored(method: str) -> None:
+    """So a model that computes every task works: the other losses are not even looked at."""
+    torch.manual_seed(1)
+    model = Network()
+    expected = copy.deepcopy(model)
+    if method == "per task":
+        optimizer: Any = mtlopt.JointOptimizer(
+            Adam(model.parameters(), lr=0.01), TASKS, forwards="per-task"
+        )
+    else:
+        optimizer = make_for(model, method, optimizer_class=Adam, lr=0.01)
+    plain = {task: Adam(expected.parameters(), lr=0.01) for task in TASKS}
+    by_hand = {
+        "per task": partial(reference.joint, plain["a"]),
+        "alternating": partial(reference.alternating, plain["a"]),
+        "independent": partial(reference.independent, plain),
+    }[method]
+    losses = make_losses(model)
+
+    def everything(tasks: Sequence[str], x: Tensor, y: Any) -> dict[str, Any]:
+        found = losses(TASKS, x, y)
+        return {t: v if t in tasks else (v.detach() * float("nan"), 7) for t, v in found.items()}
+
+    for x, y in batches(3):
+        values = optimizer.step(everything, x, y)
+        assert list(values) == list(TASKS)
+        by_hand(make_losses(expected), TASKS, x, y)
+    for name, weight in snapshot(model).items():
+        torch.testing.assert_close(weight, snapshot(expected)[name], rtol=1e-12, atol=1e-12)

@@ -1,33 +1,23 @@
-"""PCGrad against the paper's algorithm, written here over whole vectors."""
+"""PCGrad against the paper's algorithm on whole vectors, which is in the reference."""
 
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD
 
 import mtlopt
-from mtlopt._gradients import combine, gram
-from mtlopt._pcgrad import project_conflicts
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
-
-
-def algorithm_1(gradients: list[Tensor], orders: Any) -> Tensor:
-    """Yu et al., Algorithm 1, in float64 and in the space of the gradients."""
-    total = torch.zeros_like(gradients[0])
-    for i, order in enumerate(orders):
-        own = gradients[i].clone()
-        for j in order:
-            inner = own @ gradients[j]
-            if inner < 0:
-                own -= inner / (gradients[j] @ gradients[j]) * gradients[j]
-        total += own
-    return total
+import reference
+from mtlopt._gradients.arithmetic import combine, gram
+from mtlopt.methods.pcgrad import project_conflicts
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, twins
 
 
 def project(gradients: list[Tensor], orders: Any) -> Tensor:
@@ -43,6 +33,11 @@ def draw(count: int, size: int, seed: int) -> list[Tensor]:
     return list(torch.randn(count, size, generator=generator, dtype=torch.float64))
 
 
+def drawn_orders(count: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(count, generator=generator).tolist() for _ in range(count)]
+
+
 def test_two_conflicting_gradients_follow_the_closed_form() -> None:
     """g1 + g2 - (g1·g2/|g2|²) g2 - (g1·g2/|g1|²) g1, in numbers by hand."""
     first = torch.tensor([2.0, 0.0], dtype=torch.float64)
@@ -53,12 +48,15 @@ def test_two_conflicting_gradients_follow_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_every_drawn_order_gives_the_papers_result(count: int) -> None:
+def test_every_order_gives_the_papers_result(count: int) -> None:
     others = [[j for j in range(count) if j != i] for i in range(count)]
     for seed, orders in enumerate(itertools.product(*map(itertools.permutations, others))):
         gradients = draw(count, 5, seed)
         torch.testing.assert_close(
-            project(gradients, orders), algorithm_1(gradients, orders), rtol=1e-9, atol=1e-12
+            project(gradients, orders),
+            reference.project_conflicts(gradients, orders),
+            rtol=1e-9,
+            atol=1e-12,
         )
 
 
@@ -72,11 +70,11 @@ def test_any_number_of_gradients_gives_the_papers_result(count: int, size: int, 
         [j for j in torch.randperm(count, generator=generator).tolist() if j != i]
         for i in range(count)
     ]
-    scale = max(1.0, algorithm_1(gradients, orders).abs().max().item())
+    scale = max(1.0, reference.project_conflicts(gradients, orders).abs().max().item())
     result = project(gradients, orders)
     if all(abs(g @ h) > 1e-6 for g, h in itertools.combinations(gradients, 2)) and size > count:
         torch.testing.assert_close(
-            result, algorithm_1(gradients, orders), rtol=0, atol=1e-9 * scale
+            result, reference.project_conflicts(gradients, orders), rtol=0, atol=1e-9 * scale
         )
     assert result.isfinite().all()
 
@@ -113,18 +111,12 @@ class Branched(torch.nn.Module):
         }
 
 
-def orders_of(seed: int, count: int = 3) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randperm(count, generator=generator).tolist() for _ in range(count)]
-    return [[j for j in order if j != i] for i, order in enumerate(drawn)]
-
-
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("forwards", ["joint", "per-task"])
 def test_inner_products_run_over_what_at_least_two_tasks_share(
     reduction: Any, forwards: Any
 ) -> None:
-    """A task counts as zero where it does not reach; heads get their plain gradient."""
+    """A task has a zero gradient where its loss does not depend; heads get their plain gradient."""
     conflicts = 0
     for seed in range(5):
         torch.manual_seed(seed)
@@ -135,16 +127,12 @@ def test_inner_products_run_over_what_at_least_two_tasks_share(
         rows, heads = [], {}
         for task in TASKS:
             loss = losses((task,), x, y)[task]
-            own = list(model.heads[task].parameters())
-            grads = torch.autograd.grad(loss, shared + own, allow_unused=True)
-            found: list[Any] = list(grads[: len(shared)])
-            parts = [
-                torch.zeros_like(p) if g is None else g for p, g in zip(shared, found, strict=True)
-            ]
-            rows.append(torch.cat([part.flatten() for part in parts]))
-            heads[task] = grads[len(shared) :]
+            rows.append(reference.gradient_vector(loss, shared))
+            heads[task] = torch.autograd.grad(loss, list(model.heads[task].parameters()))
         conflicts += sum(int(a @ b < 0) for a, b in itertools.combinations(rows, 2))
-        expected = algorithm_1(rows, orders_of(seed)) / (3 if reduction == "mean" else 1)
+        expected = reference.project_conflicts(rows, drawn_orders(3, seed)) / (
+            3 if reduction == "mean" else 1
+        )
         base = torch.optim.SGD(model.parameters(), lr=0.0)
         optimizer = mtlopt.PCGrad(base, TASKS, reduction, seed, forwards=forwards)
         optimizer.step(losses, x, y)
@@ -188,7 +176,7 @@ def test_the_same_seed_is_the_same_run_and_resumes_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("missing", ["b", "ac", "abc"])
-def test_the_draws_do_not_depend_on_who_is_absent(missing: str) -> None:
+def test_the_draws_do_not_depend_on_absent_tasks(missing: str) -> None:
     models = [Network(), Network()]
     optimizers = [make(model, 3) for model in models]
     (x, y), *_ = batches(1)
@@ -198,7 +186,7 @@ def test_the_draws_do_not_depend_on_who_is_absent(missing: str) -> None:
     assert torch.equal(*(optimizer.generator.get_state() for optimizer in optimizers))
 
 
-def test_every_step_draws_its_orders_anew() -> None:
+def test_every_step_draws_new_orders() -> None:
     vectors = [[2.0, 0.0], [-1.0, 1.5], [-1.0, -1.8]]  # Each conflicts with each.
     gradients = [torch.tensor(v, dtype=torch.float64) for v in vectors]
     w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
@@ -207,36 +195,34 @@ def test_every_step_draws_its_orders_anew() -> None:
     generator = torch.Generator().manual_seed(4)
     for _ in range(6):
         optimizer.step({t: w @ g for t, g in zip(TASKS, gradients, strict=True)})
-        drawn = [torch.randperm(3, generator=generator).tolist() for _ in TASKS]
-        orders = [[j for j in order if j != i] for i, order in enumerate(drawn)]
+        orders = [torch.randperm(3, generator=generator).tolist() for _ in TASKS]
         assert w.grad is not None
-        torch.testing.assert_close(w.grad, algorithm_1(gradients, orders), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            w.grad, reference.project_conflicts(gradients, orders), rtol=1e-12, atol=1e-12
+        )
         results.add(tuple(w.grad.tolist()))
     assert len(results) > 2
 
 
 def test_the_mean_is_over_the_present_tasks() -> None:
-    """The projected gradients (1, 1) and (0, 1), halved: two of the three tasks are here."""
+    """The projected gradients (1, 1) and (0, 1), halved: two of the three tasks are present."""
     w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = mtlopt.PCGrad(torch.optim.SGD([w], lr=1.0), TASKS, "mean")
     optimizer.step({"a": 2 * w[0], "c": w[1] - w[0]})
     assert w.tolist() == [-0.5, -1.0]
 
 
-def test_absent_tasks_count_for_nothing() -> None:
-    """With one task present the step is the plain one, its head's included."""
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
+def test_with_one_task_present_the_step_is_plain() -> None:
+    """Absent tasks count for nothing, in the mean too; the head of the present one trains."""
+    model, twin = twins()
     optimizer, plain = make(model, reduction="mean"), torch.optim.Adam(twin.parameters(), lr=0.05)
     for x, y in batches(3):
         optimizer.step(lambda ts, x, y: {"b": make_losses(model)("b", x, y)["b"]}, x, y)
-        plain.zero_grad()
-        make_losses(twin)("b", x, y)["b"].backward()
-        plain.step()
+        reference.joint(plain, make_losses(twin), ["b"], x, y)
     assert_equal(snapshot(model), snapshot(twin))
 
 
-def test_diagnostics_show_the_angles_and_who_was_absent() -> None:
+def test_diagnostics_show_the_angles_and_the_absent_tasks() -> None:
     w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = mtlopt.PCGrad(torch.optim.SGD([w], lr=1.0), ["a", "b", "c"])
     assert optimizer.diagnostics() == {}
@@ -266,7 +252,7 @@ def test_half_precision_gradients_are_multiplied_in_float32(dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("shared", [(0, 1, 2, 3), (0, 2), (1, 3), (0, 1, 3), (3, 1)])
-def test_inner_products_find_their_places_whoever_shares_a_parameter(shared: Any) -> None:
+def test_a_gram_matrix_is_right_whichever_tasks_share_a_parameter(shared: Any) -> None:
     lists: list[list[Tensor | None]] = [[None, torch.ones(2)] for _ in range(4)]
     for task in shared:
         lists[task][0] = torch.full((3,), task + 1.0)
@@ -278,7 +264,7 @@ def test_inner_products_find_their_places_whoever_shares_a_parameter(shared: Any
 
 
 def test_gradients_in_any_memory_order_are_multiplied_element_by_element() -> None:
-    """Of the same order, of different ones, and sparse."""
+    """Of equal and different orders, and sparse."""
     a, b = (torch.randn(3, 4, 5, 6, dtype=torch.float64) for _ in range(2))
     expected = (a * b).sum()
     last: Any = torch.channels_last
@@ -319,8 +305,8 @@ def test_options_are_checked() -> None:
         mtlopt.PCGrad(torch.optim.LBFGS(Network().parameters()), TASKS)
 
 
-def test_gradients_whose_squares_overflow_are_combined_all_the_same() -> None:
-    """Gradients of float32 may be finite where their squares are not.
+def test_gradients_whose_squares_overflow_are_combined_exactly() -> None:
+    """Scaled gradients may be finite in float32 where their squares are not.
 
     g_a = (1, -1), g_b = (-2, 1): g_a - (-3/5) g_b = (-0.2, -0.4), g_b - (-3/2) g_a = (-0.5, -0.5).
     """
@@ -330,3 +316,84 @@ def test_gradients_whose_squares_overflow_are_combined_all_the_same() -> None:
     optimizer.step({"a": w[0] - w[1], "b": w[1] - 2 * w[0]})
     assert w.tolist() == pytest.approx([1.07, 1.09])
     assert scaler.get_scale() == 2.0**70
+
+
+def pcgrad_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns what PCGrad combines these float32 gradients to."""
+    names = [str(k) for k in range(len(gradients))]
+    w = torch.zeros(len(gradients[0]), requires_grad=True)
+    optimizer = mtlopt.PCGrad(SGD([w], lr=0.0), names)
+    optimizer.step({name: (w * g).sum() for name, g in zip(names, gradients, strict=True)})
+    assert w.grad is not None
+    return w.grad.double()
+
+
+@pytest.mark.parametrize(
+    "exponents",
+    [
+        (0, 0, 0),
+        (-22, -22, -22),
+        (-30, -30, -30),
+        (30, 30, 30),
+        (-30, 30, 0),
+        (0, -26, 1),
+        (30, -30, -29),
+        (20, -20, 10, -10),
+    ],
+)
+@pytest.mark.parametrize("size", [8, 5000])
+def test_pcgrad_is_exact_at_any_scale_of_the_gradients(
+    exponents: tuple[int, ...], size: int
+) -> None:
+    """Their squares leave float32 beyond 1e-22 and 1e19, their quotients beyond 1e38."""
+    generator = torch.Generator().manual_seed(5)
+    common = torch.randn(size, generator=generator, dtype=torch.float64)
+    gradients = []
+    for k, exponent in enumerate(exponents):
+        own = torch.randn(size, generator=generator, dtype=torch.float64)
+        vector = own + (-0.6) ** k * common  # Every second one conflicts with the others.
+        gradients.append((vector / vector.norm() * 10.0**exponent).float())
+    found = pcgrad_of(gradients)
+    expected = reference.project_conflicts(
+        [g.double() for g in gradients], drawn_orders(len(gradients))
+    )
+    plain = torch.stack([g.double() for g in gradients]).sum(0)
+    assert (plain - expected).norm() > 1e-3 * expected.norm()  # There is something to project.
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("saturated", ["zero", "denormal", "logit -58"])
+def test_a_saturated_task_does_not_disturb_the_others(saturated: str) -> None:
+    """By hand: (1, 0) and (-1, 1) give (1/2, 1/2) and (0, 1); the third adds next to nothing."""
+    w = torch.zeros(3, requires_grad=True)
+    optimizer = mtlopt.PCGrad(SGD([w], lr=1.0), ["a", "b", "c"])
+
+    def third() -> Tensor:
+        if saturated == "logit -58":  # An all-negative batch; conflicts with neither.
+            logit = (w * torch.tensor([0.0, 0.0, 1.0])).sum() - 58
+            return nn.functional.binary_cross_entropy_with_logits(logit, torch.zeros(()))
+        return (w * (0.0 if saturated == "zero" else 1e-42)).sum()
+
+    losses = {"a": w[0] * 1.0, "b": w[1] - w[0], "c": third()}
+    optimizer.step(losses)
+    torch.testing.assert_close(w.detach(), torch.tensor([-0.5, -1.5, 0.0]))
+
+
+def test_a_denormal_gradient_in_conflict_is_projected_or_left() -> None:
+    """Its direction has few digits: either (-1, 1) less its part along (1, 0), or unchanged."""
+    w = torch.zeros(2, requires_grad=True)
+    optimizer = mtlopt.PCGrad(SGD([w], lr=1.0), ["a", "b"])
+    optimizer.step({"a": w[0] * 1e-42, "b": w[1] - w[0]})
+    assert w.tolist() in ([0.0, -1.0], [1.0, -1.0])
+
+
+def test_a_saturated_task_in_conflict_is_projected_off() -> None:
+    """Sigmoid(-58) is 6e-26: its square is 0 in float32, but its direction is exact."""
+    x = torch.tensor([1.0, 2.0])
+    w = torch.zeros(2, requires_grad=True)
+    optimizer = mtlopt.PCGrad(SGD([w], lr=1.0), ["a", "b"])
+    logit = (w * x).sum() - 58
+    negatives = nn.functional.binary_cross_entropy_with_logits(logit, torch.zeros(()))
+    optimizer.step({"a": negatives, "b": -w[0]})
+    # b's (-1, 0) less its part along (1, 2), which is (-1/5, -2/5).
+    torch.testing.assert_close(w.detach(), torch.tensor([0.8, -0.4]), rtol=1e-5, atol=1e-7)

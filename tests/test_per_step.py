@@ -10,7 +10,8 @@ import torch
 from torch.optim import Adam
 
 import mtlopt
-from problems import Network, assert_equal, batches, make_losses, snapshot
+import reference
+from problems import Network, assert_equal, batches, make_losses, snapshot, twins
 
 TASKS = ("a", "b", "c")
 METHODS = (mtlopt.AlternatingOptimizer, mtlopt.IndependentOptimizer)
@@ -64,26 +65,22 @@ def test_the_cycle_is_shuffled_anew_each_round() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_visited_task_steps_as_it_would_alone(method: Any) -> None:
-    """A plain loop over the tasks that the optimizer visited, with optimizers written by hand."""
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
+    """As the reference does over the tasks that the optimizer visited."""
+    model, twin = twins()
     optimizer = make(method, model, per_step=2)
-    common = Adam(twin.parameters(), lr=0.01)
-    own = {task: Adam(twin.parameters(), lr=0.01) for task in TASKS}
+    plain = {task: Adam(twin.parameters(), lr=0.01) for task in TASKS}
     for x, y in batches(5):
-        visited = optimizer.step(make_losses(model), x, y)
-        for task in visited:
-            stepping = own[task] if method is mtlopt.IndependentOptimizer else common
-            stepping.zero_grad()
-            make_losses(twin)((task,), x, y)[task].backward()
-            stepping.step()
+        visited = list(optimizer.step(make_losses(model), x, y))
+        if method is mtlopt.IndependentOptimizer:
+            reference.independent(plain, make_losses(twin), visited, x, y)
+        else:
+            reference.alternating(plain["a"], make_losses(twin), visited, x, y)
     assert_equal(snapshot(model), snapshot(twin))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_all_of_them_in_the_fixed_order_is_the_plain_method(method: Any) -> None:
-    model, twin = Network(), Network()
-    twin.load_state_dict(model.state_dict())
+    model, twin = twins()
     optimizers = make(method, model, per_step=3), make(method, twin)
     for x, y in batches(3):
         optimizers[0].step(make_losses(model), x, y)

@@ -19,7 +19,17 @@ from torch.optim import SGD, Adam, AdamW
 from torchjd.scalarization import DWA, FAMO, UW, Scalarizer
 
 import mtlopt
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, step_overflowing
+import reference
+from problems import (
+    TASKS,
+    Network,
+    assert_equal,
+    batches,
+    make_losses,
+    snapshot,
+    step_overflowing,
+    twins,
+)
 from spawned import start
 
 WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
@@ -154,9 +164,7 @@ def train_by_hand(name: str, model: Network, data: Sequence[Any]) -> ByHand:
     for step, (x, y) in enumerate(data):
         torch.manual_seed(step)
         losses = make_losses(model)
-        plain.zero_grad()
-        rule(torch.stack(list(losses(TASKS, x, y).values()))).backward()
-        plain.step()
+        reference.scalarized(plain, losses, TASKS, x, y, scalarize=rule)
         if name == "FAMO":
             with torch.no_grad():
                 rule.after(torch.stack(list(losses(TASKS, x, y).values())))
@@ -174,10 +182,9 @@ def test_the_package_exports_what_is_tested_here() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rule_is_its_loop_by_hand(name: str, forwards: Any) -> None:
     """Eight steps, and so four of DWA's epochs."""
-    expected, model = Network(), Network()
-    model.load_state_dict(expected.state_dict())
+    expected, model = twins()
     data = batches(8)
-    reference = train_by_hand(name, expected, data)
+    by_hand = train_by_hand(name, expected, data)
     optimizer = make(model, make_rule(name), forwards=forwards)
     train(optimizer, model, data)
     # PBI adds 1e-12 below a root.
@@ -186,7 +193,7 @@ def test_a_rule_is_its_loop_by_hand(name: str, forwards: Any) -> None:
     own = [*optimizer.scalarizer.parameters()]
     assert len(own) == (name in ("FAMO", "IMTLL", "UW"))
     for parameter in own:
-        expected_own = reference.learned.detach()
+        expected_own = by_hand.learned.detach()
         torch.testing.assert_close(parameter.detach(), expected_own, rtol=rtol, atol=atol)
         assert parameter.detach().any()
 
@@ -221,8 +228,7 @@ def rows(x: Tensor, y: dict[str, Tensor], start: int, stop: int) -> tuple[Tensor
 @pytest.mark.parametrize("name", NAMES)
 def test_over_micro_batches_the_rule_sees_the_averages(name: str) -> None:
     """Of unequal counts; the step is the one on the whole batch."""
-    whole, model = Network(), Network()
-    model.load_state_dict(whole.state_dict())
+    whole, model = twins()
     optimizers = make(whole, make_rule(name)), make(model, make_rule(name))
     for step, (x, y) in enumerate(batches(6)):
         parts = [rows(x, y, 0, 1), rows(x, y, 1, 4), rows(x, y, 4, 6)]
@@ -401,8 +407,7 @@ def test_a_scaler_changes_nothing_but_the_steps_that_overflow(name: str, imperat
     """The rule sees losses without the scale, which is a power of two; and keeps its state."""
     if imperative and name == "FAMO":
         pytest.skip("takes no ready losses")
-    plain, model = Network(), Network()
-    model.load_state_dict(plain.state_dict())
+    plain, model = twins()
     amp = torch.amp.GradScaler("cpu", init_scale=1024.0)
     reference, optimizer = make(plain, make_rule(name)), make(model, make_rule(name), scaler=amp)
     for step, (x, y) in enumerate(batches(5)):

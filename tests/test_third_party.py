@@ -1,12 +1,12 @@
-"""Optimizers from elsewhere, under every kind of method, against hand-written loops.
+"""Optimizers from other packages, under every kind of method, against the reference.
 
 The classes of `test_independent.py` (Lion, Prodigy and schedule-free AdamW under
 `IndependentOptimizer`) come here with schedulers, files and wrappers.
 """
 
 import importlib
-import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler
 
 import mtlopt
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+import reference
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, twins
+from round_trips import by_file
 
 STEPS, SAVED_AFTER = 10, 6
 Factory = Callable[..., Optimizer]
@@ -75,39 +77,10 @@ def scheduler_of(optimizer: Optimizer) -> LRScheduler:
     return ExponentialLR(optimizer, gamma=0.9)
 
 
-def twins(network: Callable[[], Any] = Network) -> tuple[Any, Any]:
-    """Two networks with the same weights."""
-    model, expected = network(), network()
-    expected.load_state_dict(model.state_dict())
-    return model, expected
-
-
-def plain_step(method: str, optimizers: list[Optimizer], model: Network, x: Tensor, y: Any) -> None:
-    """One step of a method as everybody writes it."""
-    losses = make_losses(model)
-    if method == "joint":
-        model.zero_grad()
-        first, *others = losses(TASKS, x, y).values()
-        sum(others, first).backward()
-        optimizers[0].step()
-        return
-    for k, task in enumerate(TASKS):
-        model.zero_grad()
-        losses((task,), x, y)[task].backward()
-        optimizers[k % len(optimizers)].step()
-
-
 def gradient_of(optimizer: Optimizer, *_: Any) -> list[Tensor | None]:
     """A copy, since some classes write over the gradient in their step."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     return [grad if grad is None else grad.clone() for grad in grads]
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def compare(
@@ -119,16 +92,22 @@ def compare(
     network: Callable[[], Any] = Network,
 ) -> None:
     """Ten steps beside the plain loop; after six a fresh optimizer goes on from a file."""
-    model, expected = twins(network)
+    model, expected = network(), network()
+    expected.load_state_dict(model.state_dict())
     optimizer = make(method, factory, model)
     count = len(TASKS) if method == "independent" else 1
     plain = [factory(expected.parameters(), lr=0.02) for _ in range(count)]
+    plain_step: Any = {
+        "independent": partial(reference.independent, dict(zip(TASKS, plain, strict=False))),
+        "joint": partial(reference.joint, plain[0]),
+        "alternating": partial(reference.alternating, plain[0]),
+    }.get(method)
     schedulers = [scheduler_of(own) for own in (optimizer, *plain)] if scheduled else []
     for own in (optimizer, *plain) if free else ():
         own.train()
     for index, (x, y) in enumerate(batches(STEPS)):
         if index == SAVED_AFTER:
-            state = through_a_file([optimizer.state_dict(), *(s.state_dict() for s in schedulers)])
+            state = by_file([optimizer.state_dict(), *(s.state_dict() for s in schedulers)])
             optimizer = make(method, factory, model, lr=0.3)
             schedulers[:1] = [scheduler_of(optimizer)] if scheduled else []
             optimizer.load_state_dict(state[0])
@@ -145,7 +124,7 @@ def compare(
                 parameter.grad = own
             plain[0].step()
         else:
-            plain_step(method, plain, expected, x, y)
+            plain_step(make_losses(expected), TASKS, x, y)
         for scheduler in schedulers:
             scheduler.step()
         assert_equal(snapshot(model), snapshot(expected))
@@ -191,7 +170,7 @@ def test_schedule_free_for_one_task_goes_on_from_a_file(name: str) -> None:
             if index == 3:
                 optimizer.eval()
                 plain.eval()  # type: ignore[attr-defined]  # schedule-free classes alone have modes
-            state = through_a_file([optimizer.state_dict(), schedulers[0].state_dict()])
+            state = by_file([optimizer.state_dict(), schedulers[0].state_dict()])
             optimizer = mtlopt.IndependentOptimizer(FREE[name], model.parameters(), ["b"], lr=0.3)
             schedulers[0] = scheduler_of(optimizer)
             optimizer.load_state_dict(state[0])
@@ -199,21 +178,13 @@ def test_schedule_free_for_one_task_goes_on_from_a_file(name: str) -> None:
         optimizer.train()
         plain.train()  # type: ignore[attr-defined]  # as above
         optimizer.step(make_losses(model), x, y)
-        backward_of_b(expected, x, y)
-        plain.step()
+        reference.alternating(plain, make_losses(expected), ["b"], x, y)
         for scheduler in schedulers:
             scheduler.step()
         assert_equal(snapshot(model), snapshot(expected))
     optimizer.eval()
     plain.eval()  # type: ignore[attr-defined]  # as above
     assert_equal(snapshot(model), snapshot(expected))
-
-
-def backward_of_b(model: Network, x: Tensor, y: Any) -> Tensor:
-    model.zero_grad()
-    loss = make_losses(model)(("b",), x, y)["b"]
-    loss.backward()
-    return loss
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -249,7 +220,7 @@ def test_a_class_that_moves_the_weights_before_its_closure_gets_the_gradient_the
     plain = free(expected.parameters(), lr=0.1)
     for x, y in batches(4):
         optimizer.step(make_losses(model), x, y)
-        plain.step(lambda: backward_of_b(expected, x, y))
+        reference.alternating(plain, make_losses(expected), ["b"], x, y)
     assert_equal(snapshot(model), snapshot(expected))
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 
 import mtlopt
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot
+import reference
+from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, twins
 
 METHODS = (mtlopt.AlternatingOptimizer, mtlopt.IndependentOptimizer)
 
@@ -23,28 +24,24 @@ def trunk_of(model: Network) -> Tensor:
 
 
 def moves_by_hand(method: Any, model: Network, data: Any) -> list[Tensor]:
-    """A plain loop; what each task's step moves of the trunk, (T, n) for each step."""
-    common = Adam(model.parameters(), lr=0.01)
-    own = [Adam(model.parameters(), lr=0.01) for _ in TASKS]
+    """Returns how far each task's step moves the trunk in a plain loop: (T, n) for each step."""
+    plain = {task: Adam(model.parameters(), lr=0.01) for task in TASKS}
+    if method is mtlopt.AlternatingOptimizer:
+        plain = dict.fromkeys(TASKS, plain["a"])
     history = []
     for x, y in data:
-        rows = []
-        for k, task in enumerate(TASKS):
-            before = trunk_of(model)
-            stepping = own[k] if method is mtlopt.IndependentOptimizer else common
-            stepping.zero_grad()
-            make_losses(model)((task,), x, y)[task].backward()
-            stepping.step()
-            rows.append(trunk_of(model) - before)
-        history.append(torch.stack(rows))
+        places = [trunk_of(model)]
+        for task in TASKS:
+            reference.independent(plain, make_losses(model), [task], x, y)
+            places.append(trunk_of(model))
+        history.append(torch.stack(places).diff(dim=0))
     return history
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_figures_are_those_of_the_moves_of_the_trunk(method: Any) -> None:
     """And the heads, which one task alone reaches, have no part in them."""
-    model, plain = Network(), Network()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins()
     data = batches(4)
     optimizer = make(method, model)
     assert optimizer.diagnostics() == {}
@@ -178,8 +175,7 @@ def test_adam_with_simultaneous_steps_is_adatask() -> None:
     From the gradients at one point w, the update is minus lr times the sum over the tasks k of
     m_k / (1 - b1^t) over sqrt(v_k / (1 - b2^t)) + eps; a head has plain Adam.
     """
-    model, expected = Network(), Network()
-    expected.load_state_dict(model.state_dict())
+    model, expected = twins()
     optimizer = mtlopt.IndependentOptimizer(
         Adam(model.parameters(), lr=0.01), TASKS, schedule="simultaneous"
     )

@@ -7,10 +7,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "refuge"))
 import mtlopt
-from methods import build_network
-from network import TASKS
-from photographs.data import load_splits
-from settings import Settings
+from refuge.methods import build_network
+from refuge.network import TASKS
+from refuge.photographs.data import load_splits
+from refuge.settings import Settings
 from train import make_losses
 
 settings = Settings(width=8, size=64)

@@ -1,4 +1,4 @@
-"""What the three programs train: a network, data, losses and the optimizer of any method."""
+"""Shared by the three programs: network, data, losses and the optimizer of each method."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ Batch = Mapping[str, Tensor]
 
 
 class Network(nn.Module):
-    """A trunk too narrow for the tasks not to disturb one another, and a head per task."""
+    """A trunk so narrow that the tasks interfere, and a head per task."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Network(nn.Module):
 
 
 def make_data(count: int) -> Any:
-    """Draws things to sell, and three targets that differ in kind and in scale."""
+    """Samples items for sale, and three targets that differ in kind and in scale."""
     inputs = torch.randn(count, 8)
     cost, rarity, demand = (inputs @ torch.randn(8, 3) / 8**0.5).T
     sold = (demand > cost).float()
@@ -48,7 +48,7 @@ def evaluate(model: nn.Module, tasks: Sequence[str], batch: Batch) -> dict[str, 
 def wrap(
     method: str, network: Network, adam: torch.optim.Optimizer, **options: Any
 ) -> mtlopt.MultiTaskOptimizer:
-    """The one line that differs."""
+    """Wraps Adam in the optimizer of a method: the one line that differs between methods."""
     if method == "independent":
         return mtlopt.IndependentOptimizer(adam, TASKS, **options)
     if method == "joint":
@@ -59,7 +59,7 @@ def wrap(
 
 
 class Report:
-    """Prints every task's loss before and after."""
+    """Prints every task's loss before and after training."""
 
     def __init__(self, network: Network, data: Any) -> None:
         self.network, self.data = network, default_collate(data)

@@ -1,4 +1,4 @@
-"""Accelerate: three tasks in a loop of one's own, prepared for any device, in seconds.
+"""Accelerate: three tasks in your own training loop, prepared for any device, in seconds.
 
 python examples/integrations/with_accelerate.py --method pcgrad
 python examples/integrations/with_accelerate.py --precision bf16 --accumulate 2

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> MultiTaskTrainer:
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
-    parser.add_argument("--folder", type=Path, help="where to save a checkpoint half way")
+    parser.add_argument("--folder", type=Path, help="where to save a checkpoint halfway")
     parser.add_argument("--resume", type=Path, metavar="CHECKPOINT")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # The network is too small for more.

@@ -1,4 +1,4 @@
-"""Measures a run's best weights on any split, or on other photographs.
+"""Evaluates a run's best weights on any split, or on other photographs.
 
 Writes metrics-SPLIT.json and predictions-SPLIT.csv into the run folder, or into `--out`.
 """
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import make_folder
-from errors import InputError, report_errors
-from measurement.evaluation import evaluate
-from measurement.operating import read_point
-from measurement.report import missing_ratios, write_measured
-from photographs.data import describe
-from photographs.repacked import SPLITS
-from runs import load_photographs, open_run
-from settings import Parser, complete
+from refuge.best import load_photographs, open_run
+from refuge.errors import InputError, report_errors
+from refuge.files import make_folder
+from refuge.measurement.evaluation import evaluate
+from refuge.measurement.operating import read_point
+from refuge.measurement.report import missing_ratios, write_measured
+from refuge.photographs.data import describe
+from refuge.photographs.repacked import SPLITS
+from refuge.settings import Parser, complete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measures a split and writes and prints what was found."""
+    """Evaluates a split; writes and prints the results."""
     if options.data and not options.out:
         raise InputError("`--data` needs `--out`: the run folder is for the run's own photographs.")
     trained, settings = open_run(options.run, options.device)

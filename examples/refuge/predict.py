@@ -1,4 +1,4 @@
-"""Says what a trained network sees in photographs of any size, and whom it would refer.
+"""Applies a trained network to photographs of any size: masks, fovea, diagnosis, referral.
 
 Writes report.html with a card for each eye, predictions.csv, and for each photograph masks/NAME.png
 (0 cup, 128 rim, 255 background, at the original size) and overlays/NAME.png. `--submission` writes
@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import make_folder, write_csv, write_whole
-from errors import InputError, report_errors
-from measurement.evaluation import SecondLook, Trained, diagnose, look_again, summarise
-from measurement.figures import outline, save
-from measurement.operating import RULES, OperatingPoint, read_point
-from measurement.page import Card, write_page
-from measurement.report import show_rates
-from metrics import largest_component
-from network import TASKS
-from photographs.data import describe, shrink
-from photographs.records import file_record
-from runs import open_run
-from settings import Parser
+from refuge.best import open_run
+from refuge.errors import InputError, report_errors
+from refuge.files import make_folder, write_csv, write_whole
+from refuge.measurement.evaluation import SecondLook, Trained, diagnose, look_again, summarise
+from refuge.measurement.figures import outline, save
+from refuge.measurement.operating import RULES, OperatingPoint, read_point
+from refuge.measurement.page import Card, write_page
+from refuge.measurement.report import show_rates
+from refuge.metrics import largest_component
+from refuge.network import TASKS
+from refuge.photographs.data import describe, shrink
+from refuge.photographs.records import file_record
+from refuge.settings import Parser
 
 MARK = "deepskyblue"
 Array = NDArray[np.float64]
@@ -42,16 +42,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Finding:
-    """What the network sees in one photograph; None or NaN for what it has not learned.
+    """The network's findings in one photograph; None or NaN for tasks it has not learned.
 
     Attributes:
         picture: The photograph.
         mask: (height, width) of 0 cup, 128 rim, 255 background, or None.
         fovea: x and y in the photograph's pixels, or None.
-        ratio: vCDR, measured on the masks of the network's own size.
-        probabilities: Of glaucoma, by name of classifier.
-        risk: Their average, calibrated on validation; NaN where the run is not calibrated.
-        verdict: "refer", "no sign", "ungradable", or "" where the run has no threshold.
+        ratio: vCDR, measured on the masks at the network's input size.
+        probabilities: Probability of glaucoma by classifier.
+        risk: Their average, calibrated on validation; NaN if the run is not calibrated.
+        verdict: "refer", "no sign", "ungradable", or "" if the run has no threshold.
     """
 
     picture: Image.Image
@@ -70,17 +70,17 @@ def examine(
     point: OperatingPoint | None = None,
     rule: str = "specificity",
 ) -> Finding:
-    """Shows one photograph to a network.
+    """Applies a network to one photograph.
 
     Args:
         trained: The network.
         file: The photograph.
         size: Side of the network's input.
-        point: How the run decides, where it does.
-        rule: Which of its thresholds.
+        point: The run's operating point, if it has one.
+        rule: Which of its thresholds to use.
 
     Raises:
-        InputError: The file is no readable picture.
+        InputError: The file is not a readable picture.
     """
     picture, _ = file_record(file, None, frozenset(), None, None).read()
     answer = trained.ask(torch.from_numpy(shrink(picture, size).copy())[None].float() / 255)
@@ -108,8 +108,8 @@ def judge(
 ) -> tuple[float, str]:
     """Calibrates the average of both classifiers and compares it with the threshold.
 
-    A photograph on which one of them is silent was not judged as those that the threshold was
-    chosen on: no disc in it means that somebody should look.
+    The threshold was chosen on photographs that both classifiers had judged. A photograph that one
+    of them cannot judge, for want of a disc, is left to a human reader.
     """
     risk = float(point.calibration.probabilities(np.array(said["both"])))
     lost = trained.classifier is not None and np.isnan(said["vcdr"])
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Writes what the network sees in each photograph."""
+    """Examines each photograph and writes the findings."""
     trained, settings = open_run(options.run, options.device)
     if options.submission and (missing := [t for t in TASKS if t not in trained.tasks]):
         raise InputError(f"{options.run}: a submission needs all tasks, but {missing} not learned.")
@@ -135,7 +135,7 @@ def predict(options: argparse.Namespace) -> None:
     if point and options.rule not in point.thresholds:
         point, reason = None, f"no decision threshold by the rule {options.rule}."
     how = explain(point, reason, options.rule)
-    # One at a time: a test split of full-size masks would fill the memory.
+    # One at a time: full-size masks of a whole test split would fill the memory.
     pictures = tqdm(options.pictures, unit="picture", disable=None)
     findings = (
         (file, examine(trained, file, settings.size, point, options.rule)) for file in pictures
@@ -149,7 +149,7 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def explain(point: OperatingPoint | None, reason: str, rule: str) -> str:
-    """Says when a photograph is referred, and what that is worth, in one line."""
+    """Describes in one line when a photograph is referred, and how accurate that is."""
     if point is None:
         return reason
     found, split = point.test.get(rule), "test"
@@ -169,10 +169,10 @@ def write_findings(
     """Writes a page and a table, and masks and overlays as pictures.
 
     Args:
-        out: Where to.
-        findings: Of each photograph.
-        source: What the network was trained on.
-        how: When a photograph is referred.
+        out: The folder to write to.
+        findings: Each photograph's file and findings.
+        source: Name of the photographs that the network was trained on.
+        how: The rule for referral, in words.
     """
     rows, cards = [], []
     for file, finding in findings:
@@ -206,7 +206,7 @@ def write_findings(
 
 
 def write_submission(out: Path, findings: Iterable[tuple[Path, Finding]]) -> None:
-    """Writes what REFUGE's evaluation reads."""
+    """Writes the files that REFUGE's evaluation reads."""
     risks, foveas = [], []
     for file, finding in findings:
         assert finding.mask is not None
@@ -221,7 +221,7 @@ def write_submission(out: Path, findings: Iterable[tuple[Path, Finding]]) -> Non
 
 
 def draw(file: Path, finding: Finding) -> None:
-    """Draws outlines of disc and cup and the fovea over a photograph, the disc again enlarged."""
+    """Draws the outlines of disc and cup and the fovea over a photograph, and the disc enlarged."""
     width, height = finding.picture.size
     pixels = np.asarray(finding.picture)
     disc = np.zeros((height, width), bool) if finding.mask is None else finding.mask < 255
@@ -244,17 +244,17 @@ def draw(file: Path, finding: Finding) -> None:
 
 
 def _enlarge(probabilities: Array, size: tuple[int, int]) -> Array:
-    """Resizes a map to a photograph's width and height, by the rule the photograph shrank by."""
+    """Resizes a map to a photograph's size, with the same filter that resized the photograph."""
     maps = torch.from_numpy(probabilities)[None, None]
     large = torch.nn.functional.interpolate(maps, size[::-1], mode="bilinear", antialias=True)
     return large[0, 0].numpy()
 
 
 def _place(seen: SecondLook, size: tuple[int, int]) -> Array:
-    """Enlarges the cup of a second look to its place in a photograph of a width and height."""
+    """Pastes the cup of a second look, resized, into an empty map of the photograph's size."""
     left, _, right, bottom = seen.box
     side = right - left
-    # The box may reach out of the photograph, by less than its own side.
+    # The box may extend beyond the photograph, by less than its own side.
     whole = np.zeros((size[1] + 2 * side, size[0] + 2 * side))
     whole[bottom : bottom + side, right : right + side] = _enlarge(seen.cup, (side, side))
     return whole[side : side + size[1], side : side + size[0]]
@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     rules = "; ".join(f"{name}: {what}" for name, what in RULES.items())
     parser.add_argument("--rule", choices=tuple(RULES), help=f"when to refer ({rules})")
-    parser.add_argument("--submission", action="store_true", help="in the challenge's own form")
+    parser.add_argument("--submission", action="store_true", help="write a challenge submission")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser
 

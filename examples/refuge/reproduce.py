@@ -1,4 +1,4 @@
-"""Reproduces the paper's tables and figures; runs that exist are reused, stopped ones go on.
+"""Reproduces the paper's tables and figures; reuses finished runs and resumes stopped ones.
 
 reproduce.py table1    Table 1 and Figures 1, 4, 6: the methods, trained from scratch
 reproduce.py table2    Table 2: the encoder starts from ImageNet
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from checkpoint import make_folder
-from errors import InputError, report_errors
-from methods import build_aggregator
-from photographs.data import describe
-from runs import load_photographs, open_run
-from settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
-from study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
-from study.tables import (
+from refuge.best import load_photographs, open_run
+from refuge.errors import InputError, report_errors
+from refuge.files import make_folder
+from refuge.methods import build_aggregator
+from refuge.photographs.data import describe
+from refuge.settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
+from refuge.study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
+from refuge.study.tables import (
     FinishedRun,
     choose_rates,
     read_run,
@@ -35,7 +35,7 @@ METHODS = {
     "table2": ("single", "independent"),
     "lr-sweep": ("single", "independent", "gradnorm", "pcgrad"),
 }
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of a sweep that was given none
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # a sweep's default
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def reproduce(options: argparse.Namespace) -> None:
-    """Trains what is missing, then writes tables and figures."""
+    """Trains the missing runs, then writes tables and figures."""
     given = vars(options)
     what, home, folds = given.pop("what"), given.pop("out"), given.pop("folds")
     seeds = given.pop("seeds", 1 if folds else 3)
@@ -89,10 +89,10 @@ def reproduce(options: argparse.Namespace) -> None:
 
 
 def plan(base: Settings, method: str, lr: float) -> Settings:
-    """Makes the settings of a run, and checks them before the first one has trained for hours.
+    """Returns the settings of a run, checked before the first run has trained for hours.
 
     Raises:
-        InputError: A setting breaks its rule, or an aggregator cannot be had.
+        InputError: A setting breaks its rule, or an aggregator is not available.
     """
     weights = base.weights if method == "joint" else ""
     settings = replace(base, method=method, lr=lr, weights=weights)
@@ -103,7 +103,7 @@ def plan(base: Settings, method: str, lr: float) -> Settings:
 
 
 def describe_runs(base: Settings) -> str:
-    """Says what the runs are of, with every setting that is not the default."""
+    """Describes the runs: their data, and every setting that is not the default."""
     usual = asdict(Settings())
     stated = (
         "data",
@@ -125,7 +125,7 @@ def describe_runs(base: Settings) -> str:
 
 
 def finish(settings: Settings, home: Path) -> FinishedRun:
-    """Trains a run unless its folder shows that it has been, or goes on where it stopped.
+    """Trains a run to its end, unless its folder says that it has been trained.
 
     Raises:
         InputError: The folder holds a run of other settings.

@@ -1,4 +1,4 @@
-"""Trains one network for four tasks on fundus photographs; README.md beside it says how."""
+"""Trains one network for four tasks on fundus photographs; see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from errors import InputError
-from losses import task_losses
-from photographs.data import Batch
-from preparation import VALIDATE_EVERY, prepare
-from processes import ALONE, Processes, start_processes
-from runs import autocast
-from settings import Settings, claim_folder, parse
-from validation import finish, validate
+from refuge.best import autocast
+from refuge.errors import InputError
+from refuge.losses import task_losses
+from refuge.photographs.data import Batch
+from refuge.processes import ONE_PROCESS, Processes, start_processes
+from refuge.run import VALIDATE_EVERY, prepare
+from refuge.settings import Settings, claim_folder, parse
+from refuge.validation import finish, validate
 
 
-def train(settings: Settings, out: Path, resume: bool, processes: Processes = ALONE) -> None:
+def train(settings: Settings, out: Path, resume: bool, processes: Processes = ONE_PROCESS) -> None:
     """Trains a network, then tests the weights that validated best.
 
     Args:
-        settings: What the final weights depend on.
-        out: The run folder; it exists.
-        resume: Go on from `last.pt` where there is one.
-        processes: Those that train together; each takes its part of every batch.
+        settings: Everything the final weights depend on.
+        out: The run folder, which must exist.
+        resume: Whether to continue from `last.pt` if there is one.
+        processes: The processes that train together; each takes its share of every batch.
     """
     run = prepare(settings, out, resume, processes)
     state, optimizer = run.state, run.state.optimizer
@@ -50,17 +50,17 @@ def train(settings: Settings, out: Path, resume: bool, processes: Processes = AL
 
 
 def make_losses(
-    settings: Settings, model: nn.Module, processes: Processes = ALONE
+    settings: Settings, model: nn.Module, processes: Processes = ONE_PROCESS
 ) -> Callable[[Sequence[str], Batch], Mapping[str, tuple[Tensor, int]]]:
-    """Makes what the optimizer asks for the losses of tasks on a batch."""
+    """Returns the function by which the optimizer evaluates the losses of tasks on a batch."""
 
     def losses(tasks: Sequence[str], batch: Batch) -> Mapping[str, tuple[Tensor, int]]:
-        # Batch norm must see the pictures that the losses are of: others shift its statistics.
+        # Batch norm sees only the pictures that enter the loss: others would shift its statistics.
         part = batch.only(tasks)
         if len(part.images) == 0:
             if processes.count == 1:
                 return {}
-            part = batch  # The other processes wait for a backward pass.
+            part = batch  # The other processes wait for this one's backward pass.
         with autocast(settings):
             logits = model(part.images, tasks)
         return task_losses(logits, part)
@@ -70,19 +70,19 @@ def make_losses(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
-    # A shell that starts it in the background would have it ignore Ctrl-C.
+    # Processes that a shell starts in the background ignore Ctrl-C by default.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     out = None
     try:
         request = parse(arguments)
         with start_processes(request.settings.torch_device()) as processes:
-            # One process chooses, or each would find another name free.
+            # One process chooses, or each would claim a folder of its own.
             out = processes.from_first(lambda: claim_folder(request))
             try:
                 train(request.settings, out, request.resume, processes)
             finally:
                 with suppress(OSError):
-                    out.rmdir()  # Where nothing was written.
+                    out.rmdir()  # Succeeds only if nothing was written.
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         saved = out and (out / "config.json").exists()
-        advice = f"go on with: train.py --resume --out {out}" if saved else "nothing was written"
+        advice = f"continue with: train.py --resume --out {out}" if saved else "nothing was written"
         print(f"train.py: interrupted; {advice}", file=sys.stderr)
         return 130
     return 0

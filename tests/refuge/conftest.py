@@ -9,8 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 
 import train
-from refuge.tiny_data import ENVIRONMENT, TINY, TRAIN_PY, Run, write_released, write_repacked
-from settings import METHODS
+from refuge.settings import METHODS
+from tiny_photographs import ENVIRONMENT, TINY, TRAIN_PY, Run, write_released, write_repacked
 
 SAVEFIG = Figure.savefig
 

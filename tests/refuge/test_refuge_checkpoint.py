@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, read_json, save_checkpoint, write_json, write_whole
-from errors import InputError
+from refuge.errors import InputError
+from refuge.files import load_checkpoint, read_json, save_checkpoint, write_json, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import InputError
-from photographs.data import Batch, load_splits
-from refuge.tiny_data import SIZE, entry, paint, write_split, write_table
+from refuge.errors import InputError
+from refuge.photographs.data import Batch, load_splits
+from tiny_photographs import SIZE, entry, paint, write_split, write_table
 
 TRAINING = "Training400/Training400"
 VALIDATION = "REFUGE-Validation400-GT"
@@ -398,7 +398,7 @@ def test_what_is_wrong_with_a_repacked_set_is_named(
         ),
         (
             lambda d: shutil.move(d / "Training400", d / "__MACOSX/Training400"),
-            r"released: no data set",
+            r"released: not a data set",
         ),
         (
             lambda d: (d / "REFUGE-Validation400-GT/Disc_Cup_Masks/V0002.bmp").unlink(),
@@ -576,7 +576,9 @@ def test_a_cache_never_keeps_labels_or_swapped_masks(repacked: Path, tmp_path: P
 
 
 def test_a_folder_that_is_no_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no data set; expected train/index\.json or Training400"):
+    with pytest.raises(
+        InputError, match=r"not a data set; expected train/index\.json or Training400"
+    ):
         load_splits(str(tmp_path), 32, seed=0)
     with pytest.raises(InputError, match="`--data` must be a folder or the word phantom"):
         load_splits(str(tmp_path / "nowhere"), 32, seed=0)

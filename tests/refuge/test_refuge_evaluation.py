@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from measurement.diagnosis import RatioClassifier
-from measurement.evaluation import (
+from refuge.measurement.diagnosis import RatioClassifier
+from refuge.measurement.evaluation import (
     Evaluation,
     Predictions,
     Trained,
@@ -19,10 +19,10 @@ from measurement.evaluation import (
     measure,
     score,
 )
-from measurement.report import format_table, missing_ratios
-from photographs.data import Photographs, load_splits
-from photographs.records import Record
-from refuge.tiny_data import SIZE, entry, write_split
+from refuge.measurement.report import format_table, missing_ratios
+from refuge.photographs.data import Photographs, load_splits
+from refuge.photographs.records import Record
+from tiny_photographs import SIZE, entry, write_split
 
 TASKS = ("disc", "cup", "fovea", "glaucoma")
 METRICS = {

@@ -14,18 +14,18 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]  # not typ
 
 import predict
 import train
-from errors import InputError
-from measurement.diagnosis import RatioClassifier
-from measurement.evaluation import Trained, look_again
-from measurement.evaluation import predict as ask
-from photographs.augmentation import augment
-from photographs.crops import crop_box, crop_records
-from photographs.data import Batch, Photographs, load_splits
-from photographs.folds import deal
-from photographs.phantoms import phantom_records
-from photographs.records import Record
-from refuge.tiny_data import TINY, entry, write_split
-from state import TrainingState
+from refuge.errors import InputError
+from refuge.measurement.diagnosis import RatioClassifier
+from refuge.measurement.evaluation import Trained, look_again
+from refuge.measurement.evaluation import predict as ask
+from refuge.photographs.augmentation import augment
+from refuge.photographs.crops import crop_box, crop_records
+from refuge.photographs.data import Batch, Photographs, load_splits
+from refuge.photographs.folds import deal
+from refuge.photographs.phantoms import phantom_records
+from refuge.photographs.records import Record
+from refuge.state import TrainingState
+from tiny_photographs import TINY, entry, write_split
 
 
 def spot_batch(count: int, size: int = 48) -> Batch:

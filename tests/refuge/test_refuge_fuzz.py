@@ -17,9 +17,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from errors import InputError
-from photographs.data import Photographs, load_splits
-from refuge.tiny_data import SIZE, write_released, write_repacked
+from refuge.errors import InputError
+from refuge.photographs.data import Photographs, load_splits
+from tiny_photographs import SIZE, write_released, write_repacked
 
 CASES = 200
 VALUES: tuple[Any, ...] = (

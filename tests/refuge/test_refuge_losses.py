@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from losses import fovea_loss, glaucoma_loss, saliency_maps, segmentation_loss, task_losses
-from photographs.data import Batch
+from refuge.losses import fovea_loss, glaucoma_loss, saliency_maps, segmentation_loss, task_losses
+from refuge.photographs.data import Batch
 
 
 def test_segmentation_loss_is_the_mean_cross_entropy_of_pixels() -> None:

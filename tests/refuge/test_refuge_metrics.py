@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from measurement.diagnosis import RatioClassifier, combine, fit_ratio_classifier
-from metrics import (
+from refuge.measurement.diagnosis import RatioClassifier, combine, fit_ratio_classifier
+from refuge.metrics import (
     auc,
     centre_of_mass,
     dice,

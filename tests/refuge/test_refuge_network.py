@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from network import TASKS, MultiTaskUNet, count_parameters
+from refuge.network import TASKS, MultiTaskUNet, count_parameters
 
 
 def test_four_tasks_have_the_published_number_of_parameters() -> None:

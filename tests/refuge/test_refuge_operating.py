@@ -9,14 +9,20 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from errors import InputError
-from measurement.evaluation import Evaluation, Predictions, measure
-from measurement.intervals import Bootstrap
-from measurement.operating import LEAST, choose_point, measure_point, read_point, write_point
-from measurement.page import Card, write_page
-from measurement.report import write_report
-from metrics import reference_sensitivity
-from photographs.data import load_splits
+from refuge.errors import InputError
+from refuge.measurement.evaluation import Evaluation, Predictions, measure
+from refuge.measurement.intervals import Bootstrap
+from refuge.measurement.operating import (
+    MINIMUM_PER_CLASS,
+    choose_point,
+    measure_point,
+    read_point,
+    write_point,
+)
+from refuge.measurement.page import Card, write_page
+from refuge.measurement.report import write_report
+from refuge.metrics import reference_sensitivity
+from refuge.photographs.data import load_splits
 
 RNG = np.random.default_rng(0)
 LABELS = np.repeat((1, 0), (20, 40))
@@ -117,7 +123,7 @@ def test_too_little_validation_gives_no_threshold(
     labels: NDArray[np.int64], average: NDArray[np.float64], reason: str, tmp_path: Path
 ) -> None:
     """And the run folder says why."""
-    assert LEAST == 10
+    assert MINIMUM_PER_CLASS == 10
     point, said = choose_point(labels, average)
     assert point is None
     assert said.startswith("no decision threshold: ")

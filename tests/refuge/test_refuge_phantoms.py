@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from metrics import vertical_cup_to_disc_ratio
-from photographs.phantoms import COUNTS, draw_eye, draw_phantom, phantom_records, to_pixels
+from refuge.metrics import vertical_cup_to_disc_ratio
+from refuge.photographs.phantoms import COUNTS, draw_eye, draw_phantom, phantom_records, to_pixels
 
 EYES = [draw_eye(seed) for seed in range(400)]
 

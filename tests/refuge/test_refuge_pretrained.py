@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 import reproduce
 import train
-from checkpoint import read_json
-from errors import InputError
-from network import ENCODERS, MultiTaskUNet
-from pretrained import load_pretrained
-from refuge.tiny_data import ROOT
+from refuge.errors import InputError
+from refuge.files import read_json
+from refuge.network import ENCODERS, MultiTaskUNet
+from refuge.pretrained import load_pretrained
+from tiny_photographs import ROOT
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 REAL = ROOT.parent / "shared/weights/vgg16_imagenet_features_fp16.safetensors"

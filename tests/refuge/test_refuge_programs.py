@@ -18,11 +18,11 @@ import evaluate
 import predict
 import reproduce
 import train
-from errors import InputError
-from measurement.operating import Calibration, OperatingPoint
-from metrics import largest_component
-from refuge.tiny_data import entry, write_split
-from runs import open_run
+from refuge.best import open_run
+from refuge.errors import InputError
+from refuge.measurement.operating import Calibration, OperatingPoint
+from refuge.metrics import largest_component
+from tiny_photographs import entry, write_split
 
 TINY = ("--size", "32", "--width", "2", "--batch-size", "4", "--epochs", "2", "--lr", "0.01")
 

@@ -22,18 +22,18 @@ from torch import nn
 from torch._functorch import config as functorch_config
 
 import mtlopt
-import preparation
 import train
-from errors import InputError
-from measurement import figures
-from measurement.evaluation import Trained
-from methods import build_network, build_optimizer
-from network import TASKS
-from processes import ALONE
-from refuge.tiny_data import ENVIRONMENT, TINY, TRAIN_PY, Run, entry, write_split
-from runs import load_best, parts, save_best
-from settings import METHODS, Settings, claim_folder, parse
-from state import TrainingState
+from refuge.best import load_best, parts, save_best
+from refuge.errors import InputError
+from refuge.measurement import figures
+from refuge.measurement.evaluation import Trained
+from refuge.methods import build_network, build_optimizer
+from refuge.network import TASKS
+from refuge.processes import ONE_PROCESS
+from refuge.run import VALIDATE_EVERY, build_state
+from refuge.settings import METHODS, Settings, claim_folder, parse
+from refuge.state import TrainingState
+from tiny_photographs import ENVIRONMENT, TINY, TRAIN_PY, Run, entry, write_split
 
 ROOT = Path(__file__).parents[2]
 METRICS = {
@@ -125,7 +125,7 @@ def test_an_aggregator_that_needs_every_task_is_refused_before_training(
     arguments = ("--data", tmp_path / "data", *TINY, "--out", tmp_path / "run")
     assert run_here(*arguments, "--method", "torchjd:GradVac") == 2
     assert (
-        "`--method torchjd:GradVac` keeps a state of every task and needs all of them on every "
+        "`--method torchjd:GradVac` keeps state for every task and needs all of them on every "
         "training picture; fovea is not annotated on 1 of 7.\n"
     ) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -141,9 +141,9 @@ def test_weights_are_those_of_the_joint_loss(repacked: Path) -> None:
 
 def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: Path) -> None:
     """Each network and its Adam never hear of the others; each keeps its own best epoch."""
-    from losses import LOSSES
-    from network import SingleTaskNetworks
-    from photographs.data import load_splits
+    from refuge.losses import LOSSES
+    from refuge.network import SingleTaskNetworks
+    from refuge.photographs.data import load_splits
 
     out = tmp_path / "run"
     arguments = ("--data", repacked, "--method", "single", "--epochs", 1, *TINY, "--dropout", 0)
@@ -168,7 +168,7 @@ def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: 
 def test_a_score_that_is_none_replaces_no_better_one() -> None:
     """A network that diverged cannot be measured; the weights from before stay."""
     settings = Settings(width=2)
-    state = preparation.build_state(settings, ALONE, None)
+    state = build_state(settings, ONE_PROCESS, None)
     assert state.improved({"": None}) == [""]
     assert state.improved({"": 0.5}) == [""]
     assert state.improved({"": None}) == []
@@ -207,9 +207,9 @@ def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
 
 def test_training_equals_a_plain_loop(finished: dict[str, Path]) -> None:
     """Eq. 3 by hand: per task a fresh forward pass and an Adam of its own."""
-    from losses import LOSSES
-    from network import MultiTaskUNet
-    from photographs.data import load_splits
+    from refuge.losses import LOSSES
+    from refuge.network import MultiTaskUNet
+    from refuge.photographs.data import load_splits
 
     out = finished["independent"]
     pictures = load_splits(str(out.parent / "data"), 32, seed=0)["train"]
@@ -390,9 +390,10 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     assert not list(killed.rglob("*.part"))
 
 
-def wait_for(file: Path, seconds: float = 600) -> None:
+def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, f"{file} did not appear"
         time.sleep(0.01)
 
@@ -409,13 +410,13 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(repacked: Path, tmp_path
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_for(out / "last.pt")
+        wait_for(out / "last.pt", process)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
-    assert last == f"train.py: interrupted; go on with: train.py --resume --out {out}"
+    assert last == f"train.py: interrupted; continue with: train.py --resume --out {out}"
     assert not list(out.rglob("*.part"))
     torch.load(out / "last.pt", weights_only=True)
 
@@ -428,7 +429,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, "load_photographs", interrupt)
+    monkeypatch.setattr("refuge.run.load_photographs", interrupt)
     assert run_here("--out", tmp_path / "run") == 130
     assert capsys.readouterr().err == "train.py: interrupted; nothing was written\n"
     assert not list(tmp_path.iterdir())
@@ -453,7 +454,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
         ),
         (
             ("--method", "single", "--group-size", "2"),
-            "`--group-size` must be 1 where each task has its own network, got 2.",
+            "`--group-size` must be 1 when each task has its own network, got 2.",
         ),
         *(
             (
@@ -478,7 +479,7 @@ def test_ctrl_c_before_anything_is_saved_says_so(
             )
             for fold in ("0/5", "6/5", "1/2", "1", "a/b", "1/5/2", "1/99999")
         ),
-        (("--resume",), "`--resume` needs `--out`, the folder of the run to go on with."),
+        (("--resume",), "`--resume` needs `--out`, the folder of the run to continue."),
     ],
 )
 def test_a_bad_setting_is_one_line_with_its_rule(
@@ -533,13 +534,15 @@ def test_an_output_folder_that_cannot_be_made_is_named(
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "file" / "run"
     assert run_here("--out", out) == 2
-    assert capsys.readouterr().err == f"train.py: error: {out}: cannot be made (Not a directory).\n"
+    assert (
+        capsys.readouterr().err == f"train.py: error: {out}: cannot be created (Not a directory).\n"
+    )
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path: Path) -> None:
     """A resumed run keeps its settings, but for its length and its device."""
     (tmp_path / "config.json").write_text(json.dumps(vars(Settings(lr=0.5, epochs=3))))
-    with pytest.raises(InputError, match="holds a run; give `--resume` to go on with it"):
+    with pytest.raises(InputError, match="contains a run; give `--resume` to continue it"):
         claim_folder(parse(["--out", str(tmp_path)]))
     again = ["--resume", "--out", str(tmp_path)]
     assert parse(again).settings == Settings(lr=0.5, epochs=3)
@@ -652,7 +655,7 @@ def test_the_published_configuration_is_reachable_and_stated() -> None:
     assert settings == Settings(width=64, size=256, lr=1e-4, epochs=300, norm="batch")
     assert (settings.batch_size, settings.amp, settings.patience) == (8, "off", 0)
     assert (settings.augment, settings.second_pass, settings.fold) == (False, False, "")
-    assert (settings.dropout, preparation.VALIDATE_EVERY) == (0.8, 5)
+    assert (settings.dropout, VALIDATE_EVERY) == (0.8, 5)
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[3] / "examples" / "refuge"))
-from losses import task_losses
-from measurement.evaluation import summarise
-from metrics import auc, dice
-from network import TASKS, MultiTaskUNet
-from photographs.data import Batch, Photographs, load_splits
+from refuge.losses import task_losses
+from refuge.measurement.evaluation import summarise
+from refuge.metrics import auc, dice
+from refuge.network import TASKS, MultiTaskUNet
+from refuge.photographs.data import Batch, Photographs, load_splits
 
 SIZE = 64
 

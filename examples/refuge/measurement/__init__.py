@@ -1,1 +1,0 @@
-"""What a trained network says about photographs, and what that is worth."""

@@ -1,0 +1,1 @@
+"""Reads photographs: REFUGE as released or re-packed, or synthetic phantoms."""

@@ -1,0 +1,195 @@
+"""Follower: keeps one task's hyper-parameters in step with the control panel's."""
+
+from collections.abc import Iterable, Sequence
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtlopt._core.state import copied
+
+Groups = list[dict[str, Any]]
+
+
+class _Version:
+    """Remembers a tensor's version: unequal once it has been written to or replaced.
+
+    Comparing the numbers would wait for the device.
+    """
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.version = tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Version)
+            and self.tensor is other.tensor
+            and self.version == other.version
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # compared, never looked up
+
+
+def fingerprint(value: Any) -> Any:
+    """Returns a value that differs once a hyper-parameter has changed."""
+    if isinstance(value, Tensor):
+        return _Version(value)
+    if isinstance(value, (tuple, list)):
+        return [fingerprint(item) for item in value]
+    return value
+
+
+class _Snapshot:
+    """Remembers a group's hyper-parameters, to tell whether they have changed."""
+
+    def __init__(self, group: dict[str, Any], keys: list[str]) -> None:
+        self.marks = {key: fingerprint(group[key]) for key in keys}
+        self._get = itemgetter("params", *keys)  # At least two, so that it returns a tuple.
+        self._values = self._get(group)
+        self._immutable = all(_is_immutable(group[key]) for key in keys)
+
+    def holds(self, group: dict[str, Any]) -> bool:
+        """Returns whether every value is the same object, a quick test that suffices mostly."""
+        return self._immutable and all(map(is_, self._get(group), self._values))
+
+
+def _is_immutable(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_immutable(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+class Follower:
+    """Copies changes in the panel's groups to one task's groups, except for overrides.
+
+    A value that differs from the one copied last was set by the user, or by a scheduler on the
+    task's own optimizer: an override, which stays until :meth:`reset`. What the optimizer itself
+    changes during a step (such as a counter in its groups) is not one.
+    """
+
+    def __init__(
+        self,
+        own: Optimizer,
+        panel: Groups,
+        overrides: list[list[str]] | None = None,
+        pins: list[list[str]] | None = None,
+    ) -> None:
+        self.own = own
+        self._overrides = _as_sets(overrides, len(panel))
+        self._pins = _as_sets(pins, len(panel))
+        self._parameters = [list(group["params"]) for group in panel]
+        self._keys = [
+            [key for key in group if key in own.defaults and key in source]
+            for group, source in zip(own.param_groups, panel, strict=True)
+        ]
+        self._panel = [_Snapshot(*pair) for pair in zip(panel, self._keys, strict=True)]
+        self._given = [_Snapshot(*pair) for pair in zip(own.param_groups, self._keys, strict=True)]
+
+    @property
+    def overrides(self) -> list[list[str]]:
+        """The names of the overridden hyper-parameters of each group."""
+        return [sorted(keys) for keys in self._overrides]
+
+    @property
+    def pins(self) -> list[list[str]]:
+        """The names of the overridden hyper-parameters that stay so at any value."""
+        return [sorted(keys) for keys in self._pins]
+
+    def pin(self, keys: Iterable[str], panel: Groups) -> None:
+        """Keeps hyper-parameters at their present values."""
+        self.follow(panel)
+        wanted = set(keys)
+        known = set().union(*self._keys)
+        if not wanted <= known:
+            raise ValueError(
+                f"`names` must be among the hyper-parameters {sorted(known)}, "
+                f"got {sorted(wanted - known)}."
+            )
+        for i, own in enumerate(self._keys):
+            self._pins[i] |= (wanted or known) & set(own)
+            self._overrides[i] |= self._pins[i]
+
+    def accept(self) -> None:
+        """Accepts what the optimizer wrote to its own groups: no override."""
+        for i, (group, given) in enumerate(zip(self.own.param_groups, self._given, strict=True)):
+            if not given.holds(group):
+                self._given[i] = _Snapshot(group, self._keys[i])
+
+    def follow(self, panel: Groups) -> None:
+        """Copies what has changed in the panel since the last call."""
+        if not len(panel) == len(self.own.param_groups) == len(self._given):
+            raise ValueError(
+                f"A task's optimizer must have the panel's {len(panel)} parameter groups, "
+                f"got {len(self.own.param_groups)}: add groups to the panel, for all tasks."
+            )
+        for i, (source, own) in enumerate(zip(panel, self.own.param_groups, strict=True)):
+            given, before = source["params"], self._parameters[i]
+            if len(given) != len(before) or not all(map(is_, given, before)):
+                self._replace(i, source["params"], own)
+            if "initial_lr" in own:  # A scheduler is attached to this task alone.
+                self._overrides[i].add("lr")
+            if not (self._given[i].holds(own) and self._panel[i].holds(source)):
+                self._follow_group(i, source, own)
+
+    def _replace(self, i: int, parameters: Sequence[Tensor], own: dict[str, Any]) -> None:
+        """Takes over parameters that replaced the panel's, one by one."""
+        before = self._parameters[i]
+        if len(parameters) != len(before):
+            raise ValueError(
+                f"Parameter group {i} must keep its {len(before)} parameters, though each may be "
+                f"replaced, got {len(parameters)}: add parameters with `add_param_group`."
+            )
+        swapped = {
+            id(old): new for old, new in zip(before, parameters, strict=True) if new is not old
+        }
+        # In place, because LBFGS keeps a reference to the list.
+        own["params"][:] = [swapped.get(id(old), old) for old in own["params"]]
+        kept = set(map(id, parameters))
+        for old in before:
+            if id(old) not in kept:
+                self.own.state.pop(old, None)
+        self._parameters[i] = list(parameters)
+
+    def _follow_group(self, i: int, source: dict[str, Any], own: dict[str, Any]) -> None:
+        given, seen = self._given[i].marks, self._panel[i].marks
+        for key in self._keys[i]:
+            if (mark := fingerprint(own[key])) != given[key]:
+                # Set back to the panel's value it follows again: torch.distributed.checkpoint sets
+                # the learning rate to 0 for one step.
+                follows = mark == fingerprint(source[key]) and key not in self._pins[i]
+                (self._overrides[i].discard if follows else self._overrides[i].add)(key)
+            if key not in self._overrides[i] and fingerprint(source[key]) != seen[key]:
+                _give(own, key, source[key])
+        self._given[i] = _Snapshot(own, self._keys[i])
+        self._panel[i] = _Snapshot(source, self._keys[i])
+
+    def reset(self, panel: Groups) -> None:
+        """Copies the panel's values over all overrides."""
+        self.follow(panel)
+        for i, (source, own) in enumerate(zip(panel, self.own.param_groups, strict=True)):
+            own.pop("initial_lr", None)
+            for key in self._overrides[i]:
+                _give(own, key, source[key])
+            self._overrides[i].clear()
+            self._pins[i].clear()
+        self.accept()
+
+
+def _as_sets(keys: list[list[str]] | None, count: int) -> list[set[str]]:
+    given = keys or []
+    return [set(names) for names in given + [[]] * (count - len(given))]
+
+
+def _give(own: dict[str, Any], key: str, value: Any) -> None:
+    held = own[key]
+    if isinstance(value, Tensor) and isinstance(held, Tensor) and held.shape == value.shape:
+        # In place, because compiled and captured steps keep a reference to the tensor.
+        with torch.no_grad():
+            held.copy_(value)
+    else:
+        own[key] = copied(value)

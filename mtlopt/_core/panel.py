@@ -1,0 +1,212 @@
+"""Panel: one optimizer per task over the same parameters, with common parameter groups."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtlopt._core.followers import Follower
+from mtlopt._core.optimizer import MultiTaskOptimizer, weak_hook
+from mtlopt._core.state import copied, copied_group, copied_state
+from mtlopt._gradients.autograd import drop_zeros, has_compiled
+from mtlopt._gradients.losses import Task
+
+Keys = list[list[list[str]]]
+"""For each task and each parameter group, names of hyper-parameters."""
+
+
+class Panel:
+    """Updates each task with its own optimizer; its parameter groups are a control panel.
+
+    Each task's optimizer follows the panel: before an update it takes what has changed there.
+
+    Args:
+        optimizers: The optimizers by task, alike.
+    """
+
+    hooked = None
+    """None, because step hooks are the owner's: the panel calls them around each task's update."""
+
+    def __init__(self, optimizers: dict[Task, Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.inner = list(optimizers.values())
+        first = self.inner[0]
+        if len(optimizers) > 1 and callable(getattr(first, "eval", None)):
+            raise ValueError(
+                "`optimizer_class` must not swap the parameters for evaluation when there are "
+                f"several tasks, got {type(first).__name__} for {len(optimizers)}: each task's "
+                "average would be taken over weights that the other tasks moved."
+            )
+        self.defaults = copied(first.defaults)
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        self.param_groups = [copied_group(group) for group in first.param_groups]
+        self._in_turn = False
+        self._forget_schedulers()
+        self._follow()
+
+    @contextmanager
+    def turn(self, task: Task) -> Iterator[Optimizer]:
+        """Yields the task's optimizer for its update in a step on losses."""
+        self._in_turn = True
+        try:
+            yield self.optimizers[task]
+        finally:
+            self._in_turn = False
+
+    # Following.
+
+    def _follow(self, overrides: Keys | None = None, pins: Keys | None = None) -> None:
+        nothing: list[None] = [None] * len(self.optimizers)
+        self._followers = {
+            task: Follower(optimizer, self.param_groups, keys, pinned)
+            for (task, optimizer), keys, pinned in zip(
+                self.optimizers.items(), overrides or nothing, pins or nothing, strict=True
+            )
+        }
+
+    def _overrides(self) -> dict[str, Keys]:
+        """Returns the names of what each task does not take from the panel."""
+        followers = self._followers.values()
+        return {
+            "overrides": [follower.overrides for follower in followers],
+            "pins": [follower.pins for follower in followers],
+        }
+
+    def _follow_now(self) -> None:
+        for follower in self._followers.values():
+            follower.follow(self.param_groups)
+
+    def pin(self, task: Task, names: Iterable[str]) -> None:
+        """Keeps hyper-parameters of a task at their present values."""
+        self._followers[task].pin(names, self.param_groups)
+
+    def reset(self, task: Task) -> None:
+        """Lets a task follow the panel in every hyper-parameter."""
+        self._followers[task].reset(self.param_groups)
+
+    def _forget_schedulers(self, groups: slice = slice(None)) -> None:
+        # In a task's own group `initial_lr` means that a scheduler is attached to that task alone.
+        for optimizer in self.inner:
+            for group in optimizer.param_groups[groups]:
+                group.pop("initial_lr", None)
+
+    # Hooks on the tasks' optimizers: they follow the panel in every form of a step.
+
+    def connect(self, owner: MultiTaskOptimizer) -> None:
+        """Calls the owner's step hooks around every update of a task."""
+        self._owner = ref(owner)
+        for task, optimizer in self.optimizers.items():
+            optimizer.register_step_pre_hook(partial(weak_hook(self._before_update), task))
+            optimizer.register_step_post_hook(partial(weak_hook(self._after_update), task))
+
+    def _before_update(
+        self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any
+    ) -> tuple[Any, Any] | None:
+        self._followers[task].follow(self.param_groups)
+        if not self._in_turn and has_compiled():  # After the user's own backward pass.
+            drop_zeros((p for group in self.param_groups for p in group["params"]), True)
+        owner, result = self._owner(), None
+        hooks = () if owner is None else owner._optimizer_step_pre_hooks.values()
+        for hook in hooks:
+            changed = hook(optimizer, args, kwargs)
+            if changed is not None:
+                if not isinstance(changed, tuple):
+                    raise TypeError(f"A step pre-hook must return (args, kwargs), got {changed!r}.")
+                result = args, kwargs = changed
+        if hooks:
+            self._followers[task].follow(self.param_groups)  # A hook may have changed the panel.
+        return result
+
+    def _after_update(self, task: Task, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._followers[task].accept()
+        owner = self._owner()
+        if owner is None:
+            return
+        owner._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks for it
+        if not self._in_turn:  # A scheduler on a task without labels asks for a step too.
+            owner._mark_as_stepped()
+        for hook in owner._optimizer_step_post_hooks.values():
+            hook(optimizer, args, kwargs)
+
+    # What torch expects of an optimizer.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group for every task, or, if that fails, for none."""
+        self._follow_now()
+        param_group = copied_group(param_group)
+        try:
+            for optimizer in self.inner:
+                optimizer.add_param_group(copied_group(param_group))
+        except BaseException:
+            for optimizer in self.inner:
+                del optimizer.param_groups[len(self.param_groups) :]
+            raise
+        self.param_groups.append(copied_group(self.inner[0].param_groups[-1]))
+        self._forget_schedulers(slice(-1, None))
+        self._follow(**self._overrides())
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        """Sets all gradients to None; zeros would reach the other tasks' heads."""
+        if not set_to_none:
+            raise ValueError(
+                "`set_to_none` must be True, got False: with zero gradients weight decay would "
+                "move every head in every task's step. Call optimizer.zero_grad()."
+            )
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def set_mode(self, mode: str) -> None:
+        self._follow_now()
+        for task, optimizer in self.optimizers.items():
+            if hasattr(optimizer, mode):
+                getattr(optimizer, mode)()
+                self._followers[task].accept()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._follow_now()
+        groups, start = [], 0
+        for group in self.param_groups:
+            indices = list(range(start, start + len(group["params"])))
+            groups.append({**group, "params": indices})
+            start += len(indices)
+        optimizers = [optimizer.state_dict() for optimizer in self.inner]
+        return {
+            "param_groups": groups,
+            "mtlopt": {"optimizers": optimizers, **self._overrides()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict.get("mtlopt")
+        states = [state_dict] * len(self.inner) if saved is None else saved["optimizers"]
+        for optimizer, state in zip(self.inner, states, strict=True):
+            # A copy, since torch keeps tensors that it need not cast.
+            optimizer.load_state_dict(copied_state(state))
+        if saved is None:
+            self._forget_schedulers()
+        self.param_groups = [
+            {**copied_group(own), **copied_group(new), "params": old["params"]}
+            for own, new, old in zip(
+                self.inner[0].param_groups,
+                state_dict["param_groups"],
+                self.param_groups,
+                strict=True,
+            )
+        ]
+        saved = saved or {}
+        self._follow(saved.get("overrides"), saved.get("pins"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._follow_now()
+        kept = {n: v for n, v in vars(self).items() if n not in ("_followers", "_owner")}
+        return kept | self._overrides()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        overrides, pins = state.pop("overrides"), state.pop("pins")
+        vars(self).update(state)
+        self._follow(overrides, pins)

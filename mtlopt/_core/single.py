@@ -1,0 +1,100 @@
+"""Single: one optimizer that updates the parameters for all tasks."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtlopt._core.optimizer import MultiTaskOptimizer, weak_hook
+from mtlopt._gradients.losses import Task
+
+
+class Single:
+    """Updates every task with one optimizer, and shows its groups and state as they are."""
+
+    def __init__(self, optimizer: Optimizer, method: str) -> None:
+        check_plain(optimizer, f"{method}(torch.optim.Adam(params, lr=...), tasks)")
+        self.base = optimizer
+        self.inner = [optimizer]
+        self._turns: dict[Task, _Turn] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base.defaults
+
+    @property
+    def hooked(self) -> Optimizer:
+        """The optimizer whose own hooks fire around each update."""
+        return self.base
+
+    def connect(self, owner: MultiTaskOptimizer) -> None:
+        """Tells the owner of every update."""
+        self.base.register_step_post_hook(weak_hook(owner._after_update))
+
+    @contextmanager
+    def turn(self, task: Task) -> Iterator[Optimizer]:
+        """Yields the optimizer for one task's update."""
+        # As a separate object per task: a scaler allows one step per object and update.
+        turn: Any = self._turns.setdefault(task, _Turn(self.base))
+        yield turn
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def set_mode(self, mode: str) -> None:
+        getattr(self.base, mode, lambda: None)()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.base.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "mtlopt"})
+
+
+class _Turn:
+    """Stands for the optimizer in one task's turn."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def step(self, *args: Any) -> Any:
+        return self._optimizer.step(*args)
+
+
+def check_plain(optimizer: object, remedy: str) -> None:
+    """Refuses what is no plain optimizer, or takes the gradients by hooks of its own."""
+    name = type(optimizer).__name__
+    rule = f"`optimizer` must be an instance of a plain torch.optim.Optimizer, got {name}"
+    if isinstance(optimizer, MultiTaskOptimizer):
+        raise TypeError(f"{rule}: mtlopt optimizers cannot be nested; pass the one that it wraps.")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{rule}: {remedy}.")
+    if any(kind.__name__ == "CPUOffloadOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "`optimizer` must step on the gradients in `.grad`, got torchao's "
+            "CPUOffloadOptimizer, whose hooks take the gradient of every task's backward pass, and "
+            "whose copies of the weights would undo the other tasks' steps. To offload states: "
+            "FSDP2 with `offload_policy=CPUOffloadPolicy()`; for smaller ones: torchao's AdamW8bit."
+        )

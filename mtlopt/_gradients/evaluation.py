@@ -1,0 +1,444 @@
+"""Evaluation: turns the losses of one step into gradients, averaged by counts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from mtlopt._gradients.arithmetic import Gradients, Rows, add, is_sharded, scaled, to_numbers
+from mtlopt._gradients.autograd import (
+    add_to_grads,
+    backward,
+    differentiate,
+    drop_zeros,
+    grad_of,
+    has_compiled,
+    is_compiled,
+    pop_grads,
+    set_grads,
+    share_a_graph,
+)
+from mtlopt._gradients.features import Features, backward_from, check_counts
+from mtlopt._gradients.losses import (
+    SINGLE_PROCESS,
+    Loss,
+    LossEvaluator,
+    Ranks,
+    Task,
+    Values,
+    names_of,
+    sum_tensors,
+    weighted,
+)
+from mtlopt._gradients.report import Mistake, Report
+
+Forwards: TypeAlias = Literal["joint", "per-task", "per-pass"]
+"""How often `losses` is called: once for all tasks, once a task, or once a backward pass."""
+Weights: TypeAlias = Mapping[str, float | Tensor]
+"""Loss weights by name; a name left out has weight 1."""
+Part: TypeAlias = tuple[str, ...]
+"""Names whose losses are differentiated together."""
+Key = TypeVar("Key", str, Task)
+
+
+unscaled: Callable[[Tensor], Tensor] = lambda loss: loss  # noqa: E731  # as every scaler
+
+
+class Sums(NamedTuple):
+    """Gradients summed over micro-batches, not yet corrected by the counts."""
+
+    gradients: dict[Part, Gradients]
+    at_outputs: dict[Part, Gradients]
+    """The gradients at recorded outputs, of all micro-batches one after the other."""
+    seen: dict[str, list[Loss]]
+    """Each name's losses, without a graph."""
+
+
+@dataclass
+class Evaluation:
+    """Turns the losses of one step into gradients, without moving anything.
+
+    Averages are by count: of n samples in all, a micro-batch (or a process) with m of them
+    contributes m/n of a task's gradient. The counts of later micro-batches are unknown at the time
+    of a backward pass, so each loss is first weighted as if all counts were the first one's, and
+    the sum of gradients is corrected at the end. With equal counts the correction is exactly 1,
+    and large counts do not overflow a float16 gradient.
+    """
+
+    losses: LossEvaluator
+    tasks: Sequence[Task]
+    """The optimizer's tasks; a group's gradient is the sum over its names."""
+    batches: Sequence[tuple[object, ...]]
+    """Arguments of `losses`, one tuple per micro-batch."""
+    parameters: Sequence[Tensor]
+    """P leaf tensors."""
+    ranks: Ranks
+    """Processes to average over."""
+    report: Report
+    forwards: Forwards = "joint"
+    prescaled: bool = False
+    """Whether the user may have scaled the losses."""
+    retain_graph: bool = False
+    scale: Callable[[Tensor], Tensor] = unscaled
+    """A scaler's, applied to each loss before its backward pass."""
+    parameters_only: bool = False
+    """Whether leaves other than `parameters` are left without a gradient."""
+
+    @property
+    def names(self) -> Part:
+        """Returns the names of all tasks."""
+        return names_of(*self.tasks)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Returns whether the gradients may be scaled, so that a scaler handles overflows."""
+        return self.prescaled or self.scale is not unscaled
+
+    @property
+    def _separate(self) -> bool:
+        """Returns whether each backward pass has its own call of `losses`."""
+        return self.forwards != "joint" and self.losses.is_function
+
+    def clear_grads(self) -> None:
+        """Sets `.grad` to None, without the profiler scope of `zero_grad`, which is slow."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.enable_grad()
+    def add_sum(
+        self, names: Sequence[str], weights: Weights | Callable[[Values], Weights] | None = None
+    ) -> Values:
+        """Adds the gradient of the weighted sum of some losses to `.grad`: eq. 1.
+
+        With one batch that is one backward pass straight into `.grad`, as in a plain loop.
+
+        Args:
+            names: The losses to sum.
+            weights: Their weights, or a function that returns them for the averaged losses.
+
+        Returns:
+            The averages of the present losses by name, without a graph.
+        """
+        rule: Any = weights if callable(weights) else None
+        fixed: Any = None if rule else weights
+        separate = self.forwards == "per-task" and self.losses.is_function
+        if len(self.batches) > 1 or (rule and separate):
+            return self._add_averaged_sum(names, weights)
+        values: Values = {}
+        for asked in [(name,) for name in names] if separate else [names]:
+            terms, means = self._ask(asked, self.batches[0], self.ranks)
+            if terms.keys() - self.report.searched:
+                self.report.search(terms, self.parameters)
+            present = {name: mean.value for name, mean in means.items()}
+            own: Weights = (rule(present) if rule else fixed) or {}
+            self._add_pass([weighted(term, own.get(name, 1.0)) for name, term in terms.items()])
+            values |= present
+        return values
+
+    @torch.enable_grad()
+    def per_task(self, at: object = None) -> tuple[Rows, dict[Task, Gradients]]:
+        """Takes the averaged gradient of each present task; `.grad` stays as it is.
+
+        Args:
+            at: Modules at whose outputs gradients are wanted too.
+
+        Returns:
+            The rows, in the tasks' order, and by task the gradients at the outputs.
+        """
+        # Names in a group need separate gradients only where their counts can differ.
+        whole = len(self.batches) == 1 and self.ranks.per_micro_batch is self.ranks.per_step
+        parts = {t: [names_of(t)] if whole else [(n,) for n in names_of(t)] for t in self.tasks}
+        sums = self._accumulate([part for own in parts.values() for part in own], at)
+        values, corrections = self._average(sums.seen)
+        gradients: dict[Task, Gradients] = {}
+        at_outputs: dict[Task, Gradients] = {}
+        for task in self._present(values):
+            total: Gradients = [None] * len(self.parameters)
+            there: Gradients = []
+            for part in parts[task]:
+                factor = next((corrections[name] for name in part if name in values), 1.0)
+                found = scaled(sums.at_outputs.pop(part, []), factor)
+                there = add(there, found) if there and found else there or found
+                if part in sums.gradients and any(name in values for name in part):
+                    total = add(total, scaled(sums.gradients.pop(part), factor))
+            gradients[task] = self.ranks.per_step.sum(total, self.parameters)
+            at_outputs[task] = there
+        return Rows(gradients, self.parameters, values, self.is_scaled), at_outputs
+
+    @torch.enable_grad()
+    def add_measured_sum(
+        self,
+        at: Sequence[Tensor] | Features,
+        weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
+    ) -> Values:
+        """Adds the weighted sum's gradient, with weights chosen from gradients at some tensors.
+
+        With one batch each task takes a pass down to these tensors alone, before the one backward
+        pass of the sum. Otherwise each task takes a whole one: the weights depend on all
+        micro-batches, whose graphs are used up by then.
+
+        Args:
+            at: Parameters, or modules whose outputs are meant.
+            weigh: Returns the weights by task, given the rows of gradients there.
+
+        Returns:
+            The averaged losses by name.
+        """
+        if len(self.batches) > 1 or self.ranks.wrapped or self._separate:
+            return self._add_measured_passes(at, weigh)
+        ranks, tensors = SINGLE_PROCESS, list[Tensor]()
+        if isinstance(at, Features):
+            ranks = self.ranks  # The rows are of this process's samples.
+            terms, means, tensors = self._ask_recording(self.names, self.batches[0], ranks, at)
+        else:
+            tensors += at
+            terms, means = self._ask(self.names, self.batches[0], self.ranks)
+        values = {name: mean.value for name, mean in means.items()}
+        losses: dict[Task, Tensor] = {}
+        rows: dict[Task, Gradients] = {}
+        for task in self._present(values):
+            own = [terms[name] for name in names_of(task) if name in terms]
+            rows[task] = [None] * len(tensors)  # A rank may lack a task that another one has.
+            if own:
+                losses[task] = sum_tensors(own)
+                # Copies, because results of autograd may share memory.
+                gradient = grad_of(self.scale(losses[task]), tensors)
+                rows[task] = [g if g is None else g.clone() for g in gradient]
+            if not isinstance(at, Features):
+                rows[task] = self.ranks.sum(rows[task], tensors)
+        weights = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
+        self._add_pass([weighted(loss, weights[task]) for task, loss in losses.items()])
+        return values
+
+    @torch.enable_grad()
+    def at_features(
+        self,
+        features: Features,
+        combine: Callable[[Rows], Gradients],
+        weights: Weights | None = None,
+    ) -> Values:
+        """Adds a gradient that is combined at features, and takes one pass through the trunk.
+
+        T passes lead from the losses to the features; in them the parameters behind the features
+        get their plain gradient. The pass through the trunk is linear, so the trunk's gradient is
+        the sum of the tasks' with the coefficients chosen at the features. Micro-batches are
+        combined one by one: to combine them together would keep all their graphs.
+
+        Args:
+            features: Where to cut the graph.
+            combine: Combines the rows at the features.
+            weights: Weights of the losses.
+
+        Returns:
+            The averaged losses by name.
+        """
+        if is_sharded(self.parameters):
+            raise ValueError(
+                "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
+                "needs whole backward passes."
+            )
+        seen: dict[str, list[Loss]] = {}
+        count = len(self.batches)
+        self.ranks.check_batches(count)
+        for position, batch in enumerate(self.batches):
+            with features.cutting() as cuts:
+                terms, means = self._ask(self.names, batch, self.ranks)
+            if terms:  # A batch without labels need not call the trunk.
+                features.check(cuts)
+            for name, mean in means.items():
+                seen.setdefault(name, []).append(mean)
+            check_counts(seen, position == count - 1, count)
+            factors = {name: (weights or {}).get(name, 1.0) / count for name in terms}
+            losses = self._join(
+                {name: weighted(terms[name], factors[name]) for name in terms},
+                [names_of(task) for task in self.tasks],
+            )
+            at = [leaf for cut in cuts for leaf in cut.leaves]
+            outputs = [output for cut in cuts for output in cut.outputs]
+            # Heads and trunk can share a part of the graph, such as a stem's skip connection.
+            keep = share_a_graph(losses.values(), outputs)
+            compiled = has_compiled() and is_compiled(*losses.values(), *outputs)
+            passes = differentiate(list(losses.values()), at, retain_graph=keep)
+            found = dict(zip(losses, passes, strict=True))
+            if at and losses and all(g is None for row in found.values() for g in row):
+                self.report.mistakes.append(Mistake("uncut"))
+            values = {name: mean.value for name, mean in means.items()}
+            # Present on some rank, so present here: without a loss its row is zero.
+            nothing: Gradients = [None] * len(at)
+            rows = {t: found.get(names_of(t), [*nothing]) for t in self._present(values)}
+            combined = combine(Rows(rows, at, values, self.is_scaled, False, self.ranks))
+            backward_from(cuts, combined)
+            if compiled:
+                drop_zeros(self.parameters)
+        if seen and self.ranks.reduces:
+            # The heads' and the trunk's gradients of this rank's samples, in one reduction.
+            own = pop_grads(self.parameters)
+            set_grads(self.parameters, self.ranks.sum(own, self.parameters))
+        return {name: mean.value for name, mean in SINGLE_PROCESS.agree(seen).items()}
+
+    def averages(self) -> Values:
+        """Asks for all losses and returns their averages, without gradients."""
+        seen: dict[str, list[Loss]] = {name: [] for name in self.names}
+        for batch in self.batches:
+            for asked in [(name,) for name in self.names] if self._separate else [self.names]:
+                _, means = self._ask(asked, batch, self.ranks.per_micro_batch)
+                for name, mean in means.items():
+                    seen[name].append(mean)
+        return {name: mean.value for name, mean in self.ranks.per_step.agree(seen).items()}
+
+    # Asking.
+
+    def _ask(
+        self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks
+    ) -> tuple[dict[str, Tensor], dict[str, Loss]]:
+        """Asks for losses on one batch.
+
+        Returns:
+            What to differentiate here, each loss times this process's share of the samples; and
+            the averages of the present losses over all processes, without a graph.
+        """
+        present = self.losses(names, batch)
+        # Absent tasks are reported too: another process may have samples of them.
+        means = ranks.agree({name: [present[name]] if name in present else [] for name in names})
+        terms = {}
+        for name, loss in present.items():
+            if name in means:
+                share = ranks.share(loss.samples, means[name].samples)
+                if share is not None:
+                    terms[name] = weighted(loss.value, share)
+        return terms, means
+
+    def _ask_recording(
+        self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks, at: Features
+    ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
+        """Asks for losses, and returns the modules' outputs too."""
+        with at.recording() as calls:
+            terms, means = self._ask(names, batch, ranks)
+        if terms:
+            at.check(calls)
+        return terms, means, [output for call in calls for output in call.outputs]
+
+    def _present(self, values: Values) -> list[Task]:
+        return [t for t in self.tasks if any(name in values for name in names_of(t))]
+
+    def _join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
+        """Returns the scaled sums of the terms of each part that has any."""
+        own = {part: [terms[name] for name in part if name in terms] for part in parts}
+        return {part: self.scale(sum_tensors(found)) for part, found in own.items() if found}
+
+    # Passes.
+
+    def _add_pass(self, terms: Sequence[Tensor]) -> None:
+        """Adds the gradient of a sum to `.grad` by one backward pass."""
+        losses = [self.scale(sum_tensors(terms))] if terms else []
+        if not self.ranks.reduces:
+            # Straight into `.grad`, as in a plain loop: no second gradient is held meanwhile.
+            for loss in losses:
+                backward(loss, self.parameters, self.retain_graph)
+            return
+        # Only this gradient is summed over the ranks: an earlier one in `.grad` has been already.
+        # A rank without a loss takes part, since another may have one.
+        own: Gradients = [None] * len(self.parameters)
+        for found in differentiate(losses, self.parameters, retain_graph=self.retain_graph):
+            own = found
+        add_to_grads(self.parameters, self.ranks.sum(own, self.parameters))
+
+    def _accumulate(self, parts: Sequence[Part], at: object = None) -> Sums:
+        """Sums the gradients of parts over the micro-batches, and those at outputs of modules."""
+        names = [name for part in parts for name in part]
+        sums = Sums({}, {}, {name: [] for name in names})
+        ranks = self.ranks.per_micro_batch
+        first_terms: list[Tensor] = []
+        for batch in self.batches:
+            for asked in parts if self._separate else [names]:
+                outputs: list[Tensor] = []
+                if isinstance(at, Features):
+                    terms, means, outputs = self._ask_recording(asked, batch, ranks, at)
+                else:
+                    terms, means = self._ask(asked, batch, ranks)
+                first_terms += terms.values() if batch is self.batches[0] else ()
+                for name, mean in means.items():
+                    sums.seen[name].append(mean)
+                    first = sums.seen[name][0].samples
+                    factor = mean.samples / (first * len(self.batches))
+                    if name in terms:
+                        terms[name] = weighted(terms[name], factor)
+                for output in outputs:
+                    output.retain_grad()
+                joined = self._join(terms, parts)
+                passes = differentiate(
+                    list(joined.values()),
+                    [*self.parameters, *outputs],
+                    self.parameters_only,
+                    self.retain_graph,
+                )
+                for part, gradient in zip(joined, passes, strict=True):
+                    own, there = gradient[: len(self.parameters)], gradient[len(self.parameters) :]
+                    known = sums.gradients.get(part)
+                    sums.gradients[part] = own if known is None else add(known, own)
+                    sums.at_outputs.setdefault(part, []).extend(there)
+        for part, gradient in sums.gradients.items():
+            if all(piece is None for piece in gradient):
+                self.report.mistakes.append(
+                    Mistake("unreached", part if len(part) > 1 else part[0])
+                )
+        if any(len({loss.samples for loss in losses}) > 1 for losses in sums.seen.values()):
+            self.report.search_for_others(first_terms, self.parameters)
+        return sums
+
+    def _average(self, seen: Mapping[str, Sequence[Loss]]) -> tuple[Values, dict[str, float]]:
+        """Averages the losses, and returns the factors that correct the sums of gradients."""
+        means = self.ranks.per_step.agree(seen)
+        corrections = {
+            # A rank without samples has no sum to correct.
+            name: seen[name][0].samples * len(self.batches) / mean.samples if seen[name] else 1.0
+            for name, mean in means.items()
+        }
+        return {name: mean.value for name, mean in means.items()}, corrections
+
+    def _add_averaged_sum(
+        self, names: Sequence[str], weights: Weights | Callable[[Values], Weights] | None
+    ) -> Values:
+        """Weights the averaged gradients; the losses were not averaged before their passes."""
+        sums = self._accumulate([(name,) for name in names])
+        values, corrections = self._average(sums.seen)
+        own = (weights(values) if callable(weights) else weights) or {}
+        factors = _to_floats({name: own.get(name, 1.0) for name in values})
+        total: Gradients = [None] * len(self.parameters)
+        for name, correction in corrections.items():
+            if (found := sums.gradients.pop((name,), None)) is not None:
+                total = add(total, scaled(found, correction * factors[name]))
+        if values:
+            add_to_grads(self.parameters, self.ranks.per_step.sum(total, self.parameters))
+        return values
+
+    def _add_measured_passes(
+        self,
+        at: Sequence[Tensor] | Features,
+        weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
+    ) -> Values:
+        """Weights whole gradients, by rows that are a part of them or were recorded with them."""
+        whole, at_outputs = self.per_task(at)
+        if isinstance(at, Features):
+            rows = replace(whole, gradients=at_outputs, tensors=[], ranks=self.ranks)
+        else:
+            position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
+            parts: dict[Task, Gradients] = {}
+            for task, gradient in whole.gradients.items():
+                own = [gradient[position[id(tensor)]] for tensor in at]
+                parts[task] = [g if g is None else g.clone() for g in own]
+            rows = replace(whole, gradients=parts, tensors=at)
+        weights = weigh(rows)
+        for task, factor in _to_floats({t: weights[t] for t in whole.gradients}).items():
+            add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
+        return whole.values
+
+
+def _to_floats(weights: Mapping[Key, float | Tensor]) -> dict[Key, float]:
+    """Copies weights to the host, all at once."""
+    tensors = {key: weight for key, weight in weights.items() if isinstance(weight, Tensor)}
+    copies = dict(zip(tensors, to_numbers([*tensors.values()]), strict=True)) if tensors else {}
+    numbers = {key: w for key, w in weights.items() if not isinstance(w, Tensor)}
+    return {key: copies[key] if key in copies else numbers[key] for key in weights}

@@ -1,0 +1,146 @@
+"""Features: the module outputs that all tasks share, where the graph is cut or watched."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mtlopt._gradients.arithmetic import Gradients, add
+from mtlopt._gradients.autograd import explain
+from mtlopt._gradients.losses import Loss
+
+
+class Call(NamedTuple):
+    """One call of a module: its outputs that need a gradient, and the leaves that replace them."""
+
+    module: nn.Module
+    outputs: list[Tensor]
+    leaves: list[Tensor]
+
+
+class Features:
+    """Modules whose outputs the tasks share.
+
+    Args:
+        modules: One or several. Each call of each in a forward pass counts separately.
+    """
+
+    def __init__(self, modules: nn.Module | Iterable[nn.Module]) -> None:
+        given = [modules] if isinstance(modules, nn.Module) else list(modules)
+        if not given or not all(isinstance(module, nn.Module) for module in given):
+            raise TypeError(
+                "`features` must be a module or several, whose outputs all tasks share, got "
+                f"{[type(module).__name__ for module in given]}."
+            )
+        self.modules = given
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Call]]:
+        """Records the modules' outputs and leaves the graph whole."""
+        with self._hooked(_record) as calls:
+            yield calls
+
+    @contextmanager
+    def cutting(self) -> Iterator[list[Call]]:
+        """Cuts the graph at the modules' outputs; the list fills as they are called."""
+        try:
+            with self._hooked(_cut) as calls:
+                yield calls
+        except RuntimeError as error:
+            if "leaf Variable" in str(error):
+                raise RuntimeError(
+                    "A head changes the output of `features` in place, which the trunk's backward "
+                    "pass cannot undo: use an out-of-place operation, nn.ReLU(inplace=False)."
+                ) from error
+            raise
+
+    @contextmanager
+    def _hooked(self, hook: Callable[..., Any]) -> Iterator[list[Call]]:
+        calls: list[Call] = []
+        thread = threading.get_ident()
+
+        def own_thread(*arguments: Any) -> Any:
+            return hook(calls, *arguments) if threading.get_ident() == thread else None
+
+        # The first of the module's hooks: one that stores the output must store the new leaf.
+        handles = [
+            module.register_forward_hook(own_thread, prepend=True) for module in self.modules
+        ]
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def check(self, calls: Sequence[Call]) -> None:
+        """Refuses trainable modules that were not called, or had no output with a gradient."""
+        missed = [
+            module
+            for module in self.modules
+            if (own := [call for call in calls if call.module is module])
+            and not any(call.outputs for call in own)
+            and any(parameter.requires_grad for parameter in module.parameters())
+        ]
+        if missed or not calls:
+            names = [type(module).__name__ for module in missed or self.modules]
+            raise ValueError(
+                f"`features` must be called by `losses`, got {names} without a call whose output "
+                "needs a gradient: give the modules that the model itself calls, compile the trunk "
+                "and not the whole model, and choose `use_reentrant=False` in checkpoints."
+            )
+
+
+def backward_from(cuts: Sequence[Call], gradients: Gradients) -> None:
+    """Takes the one pass through everything before the cuts, the last call first."""
+    rest = list(gradients)
+    for position, cut in reversed(list(enumerate(cuts))):
+        own, rest = rest[len(rest) - len(cut.leaves) :], rest[: len(rest) - len(cut.leaves)]
+        # In a chain of modules, later calls have sent a gradient to these leaves too.
+        total = add([leaf.grad for leaf in cut.leaves], own)
+        pairs = [(z, g) for z, g in zip(cut.outputs, total, strict=True) if g is not None]
+        if pairs:
+            outputs, grads = zip(*pairs, strict=True)
+            try:
+                # Calls can share what lies before them, so the graph is kept until the first.
+                torch.autograd.backward(outputs, grads, retain_graph=position > 0)
+            except RuntimeError as error:
+                explain(error)
+                raise
+
+
+def check_counts(seen: Mapping[str, Sequence[Loss]], whole: bool, batches: int) -> None:
+    """Refuses micro-batches of unequal counts, whose combined gradients cannot be averaged."""
+    for name, losses in seen.items():
+        counts = [loss.samples for loss in losses]
+        if len(set(counts)) > 1 or (whole and len(counts) < batches):
+            raise ValueError(
+                f"With `features` each of the {batches} micro-batches is combined by itself, so "
+                f"they must have equal counts, got {counts} for task {name!r}: use equal ones, or "
+                "remove `features`."
+            )
+
+
+def _record(calls: list[Call], module: nn.Module, arguments: Any, output: Any) -> None:
+    found = {id(z): z for z in tree_leaves(output) if isinstance(z, Tensor) and z.requires_grad}
+    calls.append(Call(module, list(found.values()), []))
+
+
+def _cut(calls: list[Call], module: nn.Module, arguments: Any, output: Any) -> Any:
+    """Returns the output with its tensors replaced by leaves."""
+    leaves: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def replace(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        # One leaf for a tensor that the output contains twice.
+        leaf = tensor.detach().requires_grad_()
+        return leaves.setdefault(id(tensor), (tensor, leaf))[1]
+
+    changed = tree_map_only(Tensor, replace, output)
+    outputs = [tensor for tensor, _ in leaves.values()]
+    calls.append(Call(module, outputs, [leaf for _, leaf in leaves.values()]))
+    return changed

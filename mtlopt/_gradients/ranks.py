@@ -1,0 +1,230 @@
+"""Averaging over several processes, whether a wrapper reduces their gradients or nobody does."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtlopt._gradients.arithmetic import Gradients, is_sharded, norm
+from mtlopt._gradients.losses import SINGLE_PROCESS, Loss, Ranks
+
+if dist.is_available():
+    # torch imports this module for the first optimizer. Imported after init_process_group, its
+    # functions hold the group as a default argument: the group's threads outlive
+    # destroy_process_group and can abort the exiting process.
+    import torch.distributed.nn.functional
+
+BUCKET_BYTES = 25 * 2**20
+"""Size of a reduction bucket, as in DistributedDataParallel."""
+
+
+class UnnamedRanks(Ranks):
+    """Processes that the user did not name: each averages alone, but they should agree.
+
+    Either DDP reduces the gradients, or the model was left unwrapped by mistake.
+    """
+
+    per_micro_batch = per_step = SINGLE_PROCESS
+
+    def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
+        """Checks that the gradients are the same on all processes."""
+        if (group := all_ranks()) is not None:
+            _compare(gradients, group, of, remedy)
+
+
+class ReducingRanks(Ranks):
+    """Processes whose wrapper (DDP, FSDP2) averages the gradient of every backward pass."""
+
+    wrapped = True
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self._device = _device_of(group, device)
+        self.per_micro_batch, self.per_step = self, SINGLE_PROCESS
+
+    def agree(self, seen: Mapping[str, Sequence[Loss]]) -> dict[str, Loss]:
+        """Averages as one process does; a task missing on some of the processes is an error."""
+        # Without a graph there is no backward pass to join, so it counts as missing.
+        seen = {
+            name: [loss for loss in losses if loss.samples or loss.value.requires_grad]
+            for name, losses in seen.items()
+        }
+        means, missing = _agree(seen, self.group, self._device)
+        for name in means:
+            if missing[name]:
+                raise ValueError(
+                    f"`losses` must bring task {name!r} on every rank or on none, got None on "
+                    f"{missing[name]} ranks: ranks would run different numbers of backward passes "
+                    "and hang. On a rank without labels return `(outputs.sum() * 0, 0)`."
+                )
+        return means
+
+    def share(self, own: int, total: int) -> float:
+        """Returns the factor that turns the wrapper's mean over ranks into a mean over samples.
+
+        It is 0, not None, on a rank without samples: DDP waits for every rank's backward pass.
+        """
+        return own * dist.get_world_size(self.group) / total
+
+    def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
+        """Checks that the gradients are the same on all ranks, unless they are shards."""
+        _compare(gradients, self.group, of, remedy)
+
+
+class SummingRanks(Ranks):
+    """Processes whose model is not wrapped: per-task gradients are summed over them here."""
+
+    reduces = True
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self._device = _device_of(group, device)
+        # Not on each micro-batch, because ranks may have different numbers of them.
+        self.per_micro_batch, self.per_step = SINGLE_PROCESS, self
+
+    def agree(self, seen: Mapping[str, Sequence[Loss]]) -> dict[str, Loss]:
+        """Averages as one process does; a task may be absent on some of the ranks."""
+        return _agree(seen, self.group, self._device)[0]
+
+    def share(self, own: int, total: int) -> float | None:
+        """Returns the factor that turns the sum over ranks into a mean over samples."""
+        return own / total if own else None
+
+    def sum(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
+        """Sums one gradient in flat buckets; None where no rank has a gradient."""
+        # Which parameters a task's loss depends on can differ between batches, so the ranks first
+        # agree on those that any of them has.
+        has = torch.tensor([g is not None for g in gradients], dtype=torch.int32)
+        has = has.to(self._device)
+        dist.all_reduce(has, group=self.group)
+        sums: Gradients = [None] * len(gradients)
+        for bucket in _buckets([i for i, count in enumerate(has.tolist()) if count], parameters):
+            parts = []
+            for i in bucket:
+                gradient = gradients[i]
+                dense = torch.zeros_like(parameters[i]) if gradient is None else gradient
+                parts.append((dense.to_dense() if dense.is_sparse else dense).reshape(-1))
+            flat = torch.cat(parts)
+            dist.all_reduce(flat, group=self.group)
+            for i, part in zip(bucket, flat.split([p.numel() for p in parts]), strict=True):
+                sums[i] = part.view_as(parameters[i])
+        return sums
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums a small tensor over the ranks and returns it on the CPU."""
+        values = values.to(self._device)
+        dist.all_reduce(values, group=self.group)
+        return values.cpu()
+
+    def check_batches(self, count: int) -> None:
+        """Refuses different numbers of micro-batches, which would leave ranks waiting."""
+        size = dist.get_world_size(self.group)
+        total, squares = self.total(torch.tensor([count, count**2])).tolist()
+        if total**2 != size * squares:
+            raise ValueError(
+                "With `features` every rank must have the same number of `micro_batches`, got "
+                f"{count} on this one of {size} that have {total}: use equal numbers, or remove "
+                "`features`."
+            )
+
+
+def choose_ranks(
+    parameters: Sequence[Tensor], group: dist.ProcessGroup | None, reduced: bool
+) -> Ranks:
+    """Returns the processes that average together.
+
+    Args:
+        parameters: The optimizer's parameters; FSDP2 averages the gradients of shards.
+        group: The ranks that the user named, or None.
+        reduced: Whether the method expects the model's wrapper to reduce every backward pass.
+    """
+    every = all_ranks()
+    if group is None and every is None:
+        return SINGLE_PROCESS
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    if reduced or is_sharded(parameters):
+        ranks = every if group is None else group
+        return SINGLE_PROCESS if ranks is None else ReducingRanks(ranks, device)
+    return UnnamedRanks() if group is None else SummingRanks(group, device)
+
+
+def all_ranks() -> dist.ProcessGroup | None:
+    """Returns the group of all ranks, or None for a single process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def broadcast_parameters(parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Gives every rank the parameters of the group's first rank, as DDP does; shards stay."""
+    if group is None or is_sharded(parameters):
+        return
+    source = dist.get_global_rank(group, 0)
+    with torch.no_grad():
+        for parameter in parameters:
+            dist.broadcast(parameter.detach(), source, group=group)
+
+
+def _device_of(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Returns the device of small messages; NCCL accepts the parameters' device only."""
+    return device if "nccl" in dist.get_backend(group) else torch.device("cpu")
+
+
+def _agree(
+    seen: Mapping[str, Sequence[Loss]], group: dist.ProcessGroup, device: torch.device
+) -> tuple[dict[str, Loss], dict[str, int]]:
+    """Averages over micro-batches and ranks, and counts the ranks that did not bring a task.
+
+    Every rank sends the same message: for each task the sum over its samples, their number, and
+    whether it brought the task at all. From the totals each rank computes the same averages, so
+    presence is decided once for all, and no rank takes a backward pass that another does not.
+    """
+    like = next((loss.value for losses in seen.values() for loss in losses), torch.zeros(()))
+    # One message for all; float64 represents any realistic count exactly.
+    totals = torch.zeros(3, len(seen), dtype=torch.float64, device=device)
+    for i, losses in enumerate(seen.values()):
+        for loss in losses:
+            if loss.samples:
+                totals[0, i] += loss.value.detach().to(totals) * loss.samples
+        totals[1, i] = sum(loss.samples for loss in losses)
+        totals[2, i] = not losses
+    dist.all_reduce(totals, group=group)
+    counts, missing = ([round(n) for n in row] for row in totals[1:].tolist())
+    values = (totals[0] / totals[1]).to(like).unbind()
+    means = {n: Loss(v, c) for n, v, c in zip(seen, values, counts, strict=True) if c}
+    return means, dict(zip(seen, missing, strict=True))
+
+
+def _compare(gradients: Gradients, group: dist.ProcessGroup, of: str, remedy: str) -> None:
+    if is_sharded([gradient for gradient in gradients if gradient is not None]):
+        return  # Shards differ by design.
+    size = norm(gradients)
+    size = size.to(_device_of(group, size.device)).double()
+    # One reduction gives both ends: the minimum is the negated maximum of the negatives.
+    extremes = torch.stack([size, -size])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    largest, smallest = extremes.tolist()
+    # The scaler deals with overflows, and NaN compares equal to nothing.
+    if math.isfinite(largest) and largest != -smallest:
+        raise ValueError(
+            f"The gradients {of} must be the same on all ranks, got norms from {-smallest} to "
+            f"{largest}: {remedy} If each rank trains a separate model, give each a "
+            "`process_group` that holds that rank alone."
+        )
+
+
+def _buckets(indices: list[int], parameters: Sequence[Tensor]) -> list[list[int]]:
+    buckets: list[list[int]] = []
+    kind: tuple[torch.dtype, torch.device] | None = None
+    size = 0
+    for i in indices:
+        parameter = parameters[i]
+        # Filled in the order of the parameters, so that all ranks have the same buckets.
+        if kind != (parameter.dtype, parameter.device) or size >= BUCKET_BYTES:
+            buckets.append([])
+            kind, size = (parameter.dtype, parameter.device), 0
+        buckets[-1].append(i)
+        size += parameter.numel() * parameter.element_size()
+    return buckets

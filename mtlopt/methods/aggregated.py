@@ -1,0 +1,180 @@
+"""Aggregated: any aggregator of TorchJD as the combination of the tasks' gradients."""
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mtlopt._core.combining import CombiningOptimizer
+from mtlopt._core.optimizer import Options
+from mtlopt._gradients.arithmetic import Gradients, Rows, tasks_by_parameter
+from mtlopt._gradients.evaluation import Forwards
+from mtlopt._gradients.losses import CheckFinite, Task
+from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
+
+
+class Aggregated(CombiningOptimizer):
+    r"""Combines the tasks' gradients by an aggregator of TorchJD.
+
+    .. math:: w \leftarrow w - \eta \, \mathcal{A}(J), \quad J = (g_1, \dots, g_T)^\top
+
+    The rows of J run over the shared parameters, those that at least two of the present tasks
+    reach; the others get their plain gradient. An aggregator that works from the Gramian
+    :math:`J J^\top` gets that alone, and no matrix J is built. The rows of absent tasks are
+    dropped, which an aggregator with a state or with a vector of length T cannot take.
+
+    The state of an aggregator is saved in the state dict, but for NashMTL, whose state is that of
+    a solver: it starts afresh on a resumed run.
+
+    Args:
+        optimizer: Optimizer that applies the combined gradient; it owns the parameters.
+        tasks: Names of the tasks; a tuple of names is a group, one objective with one row.
+        aggregator: A ``torchjd.aggregation.Aggregator`` (TorchJD 0.18 or later).
+        forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
+        scaler: Gradient scaler for float16; an overflow skips the step.
+        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        process_group: Ranks to average over, with a model that is not wrapped in DDP.
+        features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
+            combined there, and one backward pass takes the result through the trunk.
+
+    Raises:
+        ImportError: If TorchJD is not installed.
+        TypeError: If `optimizer` or `aggregator` is of another kind.
+        ValueError: If `tasks` is empty or repeats a name, or the class needs a closure (LBFGS).
+
+    Example:
+        >>> import torch, mtlopt, torchjd.aggregation
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> base = torch.optim.SGD([w], lr=1.0)
+        >>> optimizer = mtlopt.Aggregated(base, ["a", "b"], torchjd.aggregation.Mean())
+        >>> gradients = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([-1.0, 1.0])}
+        >>> values = optimizer.step({task: w @ g for task, g in gradients.items()})
+        >>> w
+        tensor([ 0.0000, -0.5000], requires_grad=True)
+
+    References:
+        Quinton and Rey, 2024 (arXiv 2406.16232); https://torchjd.org.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tasks: Iterable[Task],
+        aggregator: nn.Module,
+        *,
+        forwards: Forwards = "joint",
+        scaler: torch.amp.GradScaler | None = None,
+        check_finite: CheckFinite = False,
+        process_group: dist.ProcessGroup | None = None,
+        features: nn.Module | Iterable[nn.Module] | None = None,
+    ) -> None:
+        options = Options(scaler, check_finite, process_group)
+        super().__init__(optimizer, tasks, forwards, options, features, takes_closures=False)
+        try:
+            from torchjd.aggregation import Aggregator, GramianWeightedAggregator
+        except ImportError as error:
+            raise ImportError(
+                "`Aggregated` needs TorchJD: pip install 'mtlopt[torchjd]'."
+            ) from error
+        if not isinstance(aggregator, Aggregator):
+            raise TypeError(
+                "`aggregator` must be an instance of torchjd.aggregation.Aggregator, "
+                f"got {aggregator!r}."
+            )
+        self.aggregator = aggregator
+        self._weighting: Any = (
+            aggregator.gramian_weighting
+            if isinstance(aggregator, GramianWeightedAggregator)
+            else None
+        )
+        # Draws for aggregators that are random, alike on every rank.
+        self.generator = torch.Generator().manual_seed(0)
+        self._seen: dict[str, Tensor] = {}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Returns ``coefficients`` (T,) of the last step, NaN where a task was absent.
+
+        Empty before the first step, and for an aggregator that does not weigh by the Gramian.
+        """
+        return dict(self._seen)
+
+    def _combine(self, rows: Rows) -> Gradients:
+        present = [k for k, task in enumerate(self.tasks) if task in rows.gradients]
+        if not present:
+            return rows.combine([])
+        if len(present) < len(self.tasks):
+            self._check_rows(present)
+        drawing = drawing_from(self._common_generator)
+        # A caller's autocast is not for the aggregation.
+        with drawing, torch.autocast(self._device.type, enabled=False):
+            if self._weighting is None:
+                return self._by_matrix(rows)
+            return self._by_gramian(rows, present)
+
+    def _by_gramian(self, rows: Rows, present: list[int]) -> Gradients:
+        # One task alone keeps its gradient; many rules would scale it.
+        weights = [1.0]
+        if len(present) > 1:
+            products = rows.gram()
+            # NaN takes an overflow to the scaler, where the aggregator might raise.
+            lost = rows.is_scaled and not products.isfinite().all()
+            weights = [float("nan")] * len(present) if lost else self._weighting(products).tolist()
+        coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
+        coefficients[present] = torch.tensor(weights, dtype=torch.float64)
+        self._seen["coefficients"] = coefficients
+        return rows.combine(weights)
+
+    def _by_matrix(self, rows: Rows) -> Gradients:
+        gradients, tensors = list(rows.gradients.values()), rows.tensors
+        if rows.is_distributed:
+            raise ValueError(
+                "`aggregator` must work from the Gramian where the ranks hold parts of the "
+                f"gradients (FSDP2, or `features` with a `process_group`), got "
+                f"{type(self.aggregator).__name__}, which needs whole ones."
+            )
+        owners = tasks_by_parameter(gradients)
+        shared = [i for i, tasks in enumerate(owners) if len(tasks) > 1 or not rows.shared_only]
+        combined = [
+            None if i in shared or not tasks else gradients[tasks[0]][i]
+            for i, tasks in enumerate(owners)
+        ]
+        if shared:
+            sizes = [tensors[i].numel() for i in shared]
+            matrix = _stack(gradients, shared, tensors)
+            lost = rows.is_scaled and not matrix.isfinite().all()
+            vector = matrix[0] * float("nan") if lost else self.aggregator(matrix)
+            for i, part in zip(shared, vector.split(sizes), strict=True):
+                combined[i] = part.view(tensors[i].shape).to(tensors[i].dtype)
+        return combined
+
+    def _check_rows(self, present: list[int]) -> None:
+        reason = needs_all_tasks(self.aggregator, len(self.tasks))
+        if reason:
+            absent = [task for k, task in enumerate(self.tasks) if k not in present]
+            raise ValueError(
+                f"`aggregator` {type(self.aggregator).__name__} must see every task at every step: "
+                f"it has {reason}. Absent from this batch: {absent}."
+            )
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"aggregator": [state_of(module) for module in stateful(self.aggregator)]}
+
+    def _load_own_state(self, saved: dict[str, Any]) -> None:
+        restore(stateful(self.aggregator), saved.get("aggregator", []))
+
+
+def _stack(rows: list[Gradients], shared: list[int], parameters: Sequence[Tensor]) -> Tensor:
+    """Moves the tasks' gradients of the shared parameters into the (T, n) matrix J."""
+    sizes = [parameters[i].numel() for i in shared]
+    dtype = reduce(torch.promote_types, {parameters[i].dtype for i in shared})
+    matrix = parameters[shared[0]].new_zeros(len(rows), sum(sizes), dtype=dtype)
+    for i, columns in zip(shared, matrix.split(sizes, dim=1), strict=True):
+        for row, own in zip(columns, rows, strict=True):
+            gradient, own[i] = own[i], None  # held once, here or in the matrix
+            if gradient is not None:
+                row.copy_((gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
+    return matrix
