@@ -568,9 +568,9 @@ def test_a_problem_that_is_drawn_trains_and_is_measured(
     problem = load(name)
     if name == "glaucoma":
         counts = {"train": 16, "val": 8, "test": 8}
-        phantoms = importlib.import_module("photographs.phantoms")
+        phantoms = importlib.import_module("refuge.photographs.phantoms")
         few = functools.partial(phantoms.phantom_records, counts=counts)
-        monkeypatch.setattr("photographs.data.phantom_records", few)
+        monkeypatch.setattr("refuge.photographs.data.phantom_records", few)
     monkeypatch.setattr(problem, "evaluations", 1)
     row = run(name, final(SUM, 1e-3, steps=2))
     assert "error" not in row
