@@ -149,16 +149,19 @@ def write_report(folder: Path, studies: Sequence[Study]) -> None:
     """Writes a problem's tables and figure, and the summary of those that have been judged."""
     every = [find(study) for study in studies]
     for study, found in zip(studies, every, strict=True):
-        if found.equal is None:
-            continue
-        (study.folder / "equal-compute.md").write_text(table(found, found.equal), encoding="utf-8")
-        (study.folder / "searched.md").write_text(searched(found), encoding="utf-8")
-        (study.folder / "sentence.md").write_text(sentence(found), encoding="utf-8")
-        if found.plateau is not None:
-            text = table(found, found.plateau)
-            (study.folder / "plateau.md").write_text(text, encoding="utf-8")
+        if not found.judged or found.equal is None:
+            continue  # Tests among the first few methods would be others among all.
+        longer = table(found, found.plateau) if found.complete and found.plateau else ""
+        texts = {
+            "equal-compute": table(found, found.equal),
+            "plateau": longer or "These runs have not finished yet.\n",
+            "searched": searched(found),
+            "sentence": sentence(found),
+        }
+        for name, text in texts.items():
+            (study.folder / f"{name}.md").write_text(text, encoding="utf-8")
         draw(found.equal).savefig(study.folder / "equal-compute.png", dpi=DOTS)
-        print(f"\n{found.name}\n\n{table(found, found.equal)}\n{sentence(found)}")
+        print(f"\n{found.name}\n\n{texts['equal-compute']}\n{texts['sentence']}")
     (folder / "state.md").write_text(state(every), encoding="utf-8")
     if judged := [found for found in every if found.judged]:
         (folder / "headline.md").write_text(headline(judged), encoding="utf-8")
