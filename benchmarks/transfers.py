@@ -4,7 +4,7 @@ python -m benchmarks.transfers
 
 Three tasks share the decoder and four the encoder. A copy to the host makes it wait for all that
 the device has to do; so does a copy of ordinary memory to the device. On a processor nothing is
-copied: tests/test_copies.py counts what would be.
+copied: tests/test_synchronisation.py counts what would be.
 """
 
 import sys

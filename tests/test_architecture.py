@@ -1,31 +1,22 @@
-"""The modules import one another in one direction, and nothing but torch from outside."""
+"""What a reader must hold in mind: how far a step runs, how deep classes go, who imports whom."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import mtlopt
 
 PACKAGE = Path(mtlopt.__file__).parent
-
-# A module may import those of the lines before its own; a new one gets its place here.
-LAYERS = (
-    {"_classes", "_follower", "_losses", "_shards", "_torchjd"},
-    {"_balance", "_gradients", "_watch"},
-    {"_saved"},
-    {"_base", "_distributed", "_passes", "_updates"},
-    {"_build", "_collect", "_rows", "_wrapper"},
-    {"_conflicts", "_features", "_panel", "_sequential"},
-    {"_combining"},
-    {"_aggregated", "_alternating", "_gradnorm", "_independent", "_one_pass", "_pcgrad"},
-    {"_joint", "_scalarized"},
-    {"_frameworks"},
-    {"lightning", "transformers"},
-)
+# A folder may import from those before it, and from itself.
+FOLDERS = ("_gradients", "_core", "methods")
+TASKS = ("a", "b")
 # Imported by name alone, with their packages: `import mtlopt.lightning`.
 FRAMEWORKS = {"lightning": {"lightning"}, "transformers": {"accelerate", "transformers"}}
 OPTIONAL = {"matplotlib", "torchjd"}  # may be imported where they are used, not with the package
@@ -59,37 +50,129 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             yield name, id(node) not in deferred
 
 
-def inner_imports(path: Path) -> set[str]:
-    """Returns the modules of the package that a module imports, at once or later."""
-    parts = [name.split(".") for name, _ in imports(path)]
-    return {part[1] for part in parts if part[0] == "mtlopt" and len(part) > 1}
+MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+def folder_of(module: str) -> str:
+    return module.split("/", maxsplit=1)[0] if "/" in module else ""
 
 
-def test_the_package_is_flat_and_its_modules_are_the_listed_ones() -> None:
-    assert sorted(module for layer in LAYERS for module in layer) == MODULES
-    assert [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE] == []
+@pytest.mark.parametrize("module", [module for module in MODULES if folder_of(module)])
+def test_folders_import_one_way(module: str) -> None:
+    allowed = FOLDERS[: FOLDERS.index(folder_of(module)) + 1]
+    parts = [name.split(".") for name, _ in imports(PACKAGE / module)]
+    assert {part[1] for part in parts if part[0] == "mtlopt" and len(part) > 1} <= {*allowed}
+
+
+def test_modules_import_no_circle() -> None:
+    """Imports for the type checker alone are not counted: they run at no time."""
+    graph = {}
+    for module in MODULES:
+        found = {name for name, at_once in imports(PACKAGE / module) if at_once}
+        graph[module] = {
+            other
+            for other in MODULES
+            if any(
+                f"{name}.".startswith(f"mtlopt.{other.removesuffix('.py').replace('/', '.')}.")
+                for name in found
+            )
+        } - {module}
+    while graph:
+        leaves = {module for module, needed in graph.items() if not needed & graph.keys()}
+        assert leaves, graph
+        for module in leaves:
+            del graph[module]
+
+
+def test_the_package_is_three_folders_and_a_few_modules() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == {
+        *FOLDERS
+    }
+    outside = [module for module in MODULES if not folder_of(module)]
+    assert outside == ["__init__.py", "_frameworks.py", "lightning.py", "transformers.py"]
     assert (PACKAGE / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_those_below_it(module: str) -> None:
-    """So no cycle is possible, and no method knows another."""
-    below: set[str] = set()
-    for layer in LAYERS:
-        if module in layer:
-            break
-        below |= layer
-    assert inner_imports(PACKAGE / f"{module}.py") <= below
+def test_files_and_functions_are_short(module: str) -> None:
+    source = (PACKAGE / module).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            signature = node.body[0].lineno - node.lineno
+            assert (node.end_lineno or 0) - first.lineno + 1 + signature <= 45, node.name
 
 
-@pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_the_package_is_small() -> None:
+    assert sum(len((PACKAGE / m).read_text().splitlines()) for m in MODULES) <= 5600
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters())
+
+
+# What makes an optimizer of a model with a trunk, and how many files and functions a step may run
+# through.
+STEPS: dict[str, tuple[Callable[[nn.Module], mtlopt.MultiTaskOptimizer], int, int]] = {
+    "joint": (lambda m: mtlopt.JointOptimizer(adam(m), TASKS), 8, 35),
+    "alternating": (lambda m: mtlopt.AlternatingOptimizer(adam(m), TASKS), 8, 35),
+    "independent": (lambda m: mtlopt.IndependentOptimizer(adam(m), TASKS), 8, 35),
+    "gradnorm": (
+        lambda m: mtlopt.GradNorm(adam(m), TASKS, shared=m.get_submodule("trunk").parameters()),
+        8,
+        55,
+    ),
+    "pcgrad": (lambda m: mtlopt.PCGrad(adam(m), TASKS), 9, 55),
+    "pcgrad, features": (
+        lambda m: mtlopt.PCGrad(adam(m), TASKS, features=m.get_submodule("trunk")),
+        9,
+        65,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_a_step_runs_through_few_files_and_functions(method: str) -> None:
+    """Traced at the second step, since the first one also looks for mistakes."""
+    make, most_files, most_functions = STEPS[method]
+    model = nn.ModuleDict({"trunk": nn.Linear(4, 8), "a": nn.Linear(8, 1), "b": nn.Linear(8, 1)})
+    optimizer, x = make(model), torch.randn(5, 4)
+
+    def losses(tasks: tuple[str, ...], x: Tensor) -> dict[str, Tensor]:
+        z = model["trunk"](x)
+        return {task: model[task](z).square().mean() for task in tasks}
+
+    optimizer.step(losses, x)
+    called = set()
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(PACKAGE)):
+            called.add((code.co_filename, code.co_firstlineno, code.co_name))
+
+    sys.setprofile(trace)
+    try:
+        optimizer.step(losses, x)
+    finally:
+        sys.setprofile(None)
+    functions = {call for call in called if not call[2].startswith("<")}
+    assert len({file for file, _, _ in called}) <= most_files, called
+    assert len(functions) <= most_functions, sorted(functions)
+
+
+@pytest.mark.parametrize("name", mtlopt.__all__)
+def test_classes_are_three_deep(name: str) -> None:
+    member = getattr(mtlopt, name)
+    if isinstance(member, type):
+        assert sum(kind.__module__.startswith("mtlopt") for kind in member.__mro__) <= 3
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_needs_torch_and_the_standard_library_alone(module: str) -> None:
-    for name, at_once in imports(PACKAGE / f"{module}.py"):
+    for name, at_once in imports(PACKAGE / module):
         root = name.split(".")[0]
-        needed = {"mtlopt", "torch"} | FRAMEWORKS.get(module, set())
+        needed = {"mtlopt", "torch"} | FRAMEWORKS.get(module.removesuffix(".py"), set())
         inside = root in needed or root in sys.stdlib_module_names
         assert inside or (not at_once and root in OPTIONAL), name
 
@@ -117,9 +200,3 @@ def test_the_package_exports_names_from_its_modules_alone() -> None:
     assert {name for name in imported if not name.startswith("_")} <= set(mtlopt.__all__)
     assert all(hasattr(mtlopt, name) for name in mtlopt.__all__)
     assert len(mtlopt.__all__) == len(set(mtlopt.__all__))
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_is_short_enough_to_say_one_thing(module: str) -> None:
-    lines = (PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 300

@@ -157,7 +157,7 @@ def test_a_forward_pass_outside_losses_is_an_error_that_says_where_it_belongs() 
     optimizer = mtlopt.IndependentOptimizer(SGD, model.parameters(), TASKS, lr=0.1)
     x, y = batches(1)[0]
     outputs = model(x, TASKS)
-    with pytest.raises(RuntimeError, match="forward pass belongs inside `losses"):
+    with pytest.raises(RuntimeError, match="Run the forward pass inside `losses"):
         optimizer.step(lambda tasks: {t: ((outputs[t] - y[t]) ** 2).mean() for t in tasks})
 
 

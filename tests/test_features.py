@@ -254,7 +254,7 @@ def test_what_cannot_work_with_features_is_refused() -> None:
     before = snapshot(model)
     optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk)
     for form in (optimizer.step, optimizer.backward):
-        with pytest.raises(TypeError, match=r"must be a function.*ready losses come with one"):
+        with pytest.raises(TypeError, match=r"must be a function.*bring a finished one"):
             form(losses(TASKS, x, y))
     uncalled = mtlopt.PCGrad(adam(model), TASKS, features=nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"must be called by `losses`, got \['Linear'\]"):

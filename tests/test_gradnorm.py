@@ -286,7 +286,10 @@ def test_what_cannot_be_balanced_is_refused() -> None:
         ({"weight_lr": 0.0}, "`weight_lr` must be positive, got 0.0"),
         ({"initial_losses": {"d": 1.0}}, r"`initial_losses` must .*got 1.0 for 'd'"),
         ({"initial_losses": {"a": 0.0}}, r"`initial_losses` must .*got 0.0 for 'a'"),
-        ({"base": torch.optim.LBFGS(model.parameters())}, r"must not need a closure.*LBFGS"),
+        (
+            {"base": torch.optim.LBFGS(model.parameters())},
+            r"optimizers that require a closure, got LBFGS",
+        ),
     ]
     for bad, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -297,7 +300,7 @@ def test_what_cannot_be_balanced_is_refused() -> None:
             *batches(1)[0],
         )
     for forwards in ("joint", "per-task"):
-        with pytest.raises(ValueError, match=r"`shared` must be reached by every task.*'b'"):
+        with pytest.raises(ValueError, match=r"`shared` must be used by every task.*'b'"):
             make(model, shared=model.heads["a"].parameters(), forwards=forwards).step(
                 losses, *batches(1)[0]
             )
@@ -507,38 +510,3 @@ def test_norms_too_large_for_half_precision_update_the_weights(of: str) -> None:
     torch.testing.assert_close(found["norms"], torch.tensor([1e5, 9e4]), rtol=1e-4, atol=0)
     assert not found["skipped"]
     assert found["weights"][0] < 1 < found["weights"][1]
-
-
-@pytest.mark.parametrize("tasks", [TASKS, [("a", "b"), "c"], [("a", "b", "c")]])
-def test_a_state_with_one_initial_loss_per_objective_resumes(tasks: Any) -> None:
-    """As it was saved before each task of a group had its own initial loss."""
-    model = Network()
-    data = batches(4)
-
-    def make() -> mtlopt.GradNorm:
-        return mtlopt.GradNorm(
-            torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1),
-            tasks,
-            shared=model.trunk[2].parameters(),
-        )
-
-    optimizer = make()
-    optimizer.step(make_losses(model), *data[0])
-    state = copy.deepcopy(optimizer.state_dict())
-    names, own = state["mtlopt"]["initial_losses"].tolist(), state["mtlopt"]
-    first = dict(zip(TASKS, names, strict=True))
-    del own["initial_losses_of_groups"]
-    own["initial_losses"] = torch.tensor(
-        [sum(first[name] for name in t) if isinstance(t, tuple) else first[t] for t in tasks]
-    )
-    resumed = make()
-    resumed.load_state_dict(state)
-    # At the same weights both see the same losses, and the same ratios to the first ones.
-    ratios = []
-    for one in (optimizer, resumed):
-        before = snapshot(model)
-        one.step(make_losses(model), *data[1])
-        model.load_state_dict(before)
-        ratios.append(one.diagnostics())
-    for name in ("rates", "weights", "norms"):
-        torch.testing.assert_close(ratios[0][name], ratios[1][name], rtol=1e-6, atol=0)

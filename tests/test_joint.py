@@ -77,7 +77,7 @@ def test_step_takes_a_closure_as_torch_does() -> None:
     plain.step()
     plain.step()
     assert_equal(snapshot(model), snapshot(twin))
-    with pytest.raises(TypeError, match="`closure` must be None beside `losses`"):
+    with pytest.raises(TypeError, match="Pass `losses` or `closure`, not both"):
         optimizer.step(lambda tasks: {}, closure=lambda: 0.0)
     with pytest.raises(TypeError, match="`losses` must be given with a batch, got None"):
         optimizer.step(None, x)

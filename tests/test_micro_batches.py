@@ -27,7 +27,7 @@ def test_micro_batches_must_not_be_empty_or_come_with_a_batch(method: str) -> No
     optimizer = build(method, Network())
     with pytest.raises(ValueError, match="`micro_batches` must hold at least one batch, got none"):
         optimizer.step(lambda tasks: {}, micro_batches=iter(()))
-    with pytest.raises(TypeError, match="`micro_batches` takes the place"):
+    with pytest.raises(TypeError, match="`micro_batches` replaces"):
         optimizer.step(lambda tasks, x: {}, 1, micro_batches=[(1,)])
 
 

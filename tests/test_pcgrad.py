@@ -301,7 +301,7 @@ def test_an_overflow_skips_the_step() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="`reduction` must be 'sum' or 'mean', got 'max'"):
         make(Network(), reduction="max")
-    with pytest.raises(ValueError, match=r"must not need a closure.*got LBFGS"):
+    with pytest.raises(ValueError, match=r"optimizers that require a closure, got LBFGS"):
         mtlopt.PCGrad(torch.optim.LBFGS(Network().parameters()), TASKS)
 
 

@@ -260,7 +260,7 @@ def test_inner_products_do_not_need_float64_on_the_device(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         torch, "autocast", lambda *_, **__: nullcontext()
     )  # "meta" has no autocast.
-    monkeypatch.setattr("mtlopt._gradients.NO_FLOAT64", ("meta",))
+    monkeypatch.setattr("mtlopt._gradients.arithmetic.NO_FLOAT64", ("meta",))
     w = torch.zeros(5, device="meta", requires_grad=True)
     direction = torch.ones(5, device="meta")
     optimizer = mtlopt.PCGrad(SGD([w], lr=0.1), ["a", "b"])

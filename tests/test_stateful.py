@@ -64,7 +64,7 @@ def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {k: torch.as_tensor(v).detach().clone() for k, v in state.items() if v is not None}
 
 
-class Session(RuleBasedStateMachine):
+class RandomSequence(RuleBasedStateMachine):
     """Takes one optimizer through a random sequence of actions."""
 
     @initialize(
@@ -443,5 +443,5 @@ class Session(RuleBasedStateMachine):
 def test_a_method_is_its_plain_loop_whatever_happens_between_steps() -> None:
     """Features may break one another in sequences that no list of cases contains."""
     run_state_machine_as_test(
-        Session, settings=settings(max_examples=200, stateful_step_count=20, deadline=None)
+        RandomSequence, settings=settings(max_examples=200, stateful_step_count=20, deadline=None)
     )

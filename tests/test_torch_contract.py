@@ -138,7 +138,7 @@ def test_a_load_that_fails_at_the_last_task_changes_no_other() -> None:
     before = flat(optimizer.state_dict())
     broken = saved_after_training("independent")
     del broken["mtlopt"]["optimizers"][2]["state"]
-    with pytest.raises(ValueError, match=r"must be whole, got one with KeyError\('state'\)"):
+    with pytest.raises(ValueError, match=r"must be complete, got one with KeyError\('state'\)"):
         optimizer.load_state_dict(broken)
     assert flat(optimizer.state_dict()) == before
     train(optimizer, model)
@@ -153,7 +153,7 @@ def test_a_plain_optimizers_state_loads_into_every_tasks_optimizer(method: str) 
     optimizer = MAKERS[method](model)
     optimizer.load_state_dict(plain.state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.3
-    inner = list(optimizer.values()) if "base" not in vars(optimizer) else [optimizer.base]
+    inner = list(optimizer.values()) if not hasattr(optimizer, "base") else [optimizer.base]
     for own in inner:
         assert flat(own.state_dict()) == flat(plain.state_dict())
 
@@ -180,7 +180,7 @@ def test_step_hooks_fire_around_each_update_with_its_gradient(method: str) -> No
     model = Network()
     optimizer = MAKERS[method](model)
     joint = method == "joint"
-    inner = [optimizer.base] * 3 if "base" in vars(optimizer) else list(optimizer.values())
+    inner = [optimizer.base] * 3 if hasattr(optimizer, "base") else list(optimizer.values())
     calls: list[Any] = []
     head = [model.heads[task].weight for task in TASKS]
 

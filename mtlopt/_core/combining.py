@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from mtlopt._core.closures import make_closure
 from mtlopt._core.optimizer import MultiTaskOptimizer, Options
 from mtlopt._core.single import Single
-from mtlopt._gradients.arithmetic import Gradients, Rows
+from mtlopt._gradients.arithmetic import Gradients, Rows, local
 from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.features import Features
@@ -183,8 +183,9 @@ class CombiningOptimizer(MultiTaskOptimizer):
         if self._is_sum() or len(self.tasks) == 1:
             return
         parameters = self._parameters
-        made = self._ledger.status(parameters) == "made"
-        if not made and any(self._ledger.holds(parameter) for parameter in parameters):
+        if self._ledger.status(parameters) != "made" and any(
+            local(parameter.grad).any() for parameter in parameters if parameter.grad is not None
+        ):
             self._warnings.plain_gradients(type(self).__name__)
 
     def _refuse_ready_losses(self) -> None:

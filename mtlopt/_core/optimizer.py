@@ -293,7 +293,7 @@ class MultiTaskOptimizer(Optimizer):
     # What torch expects of an optimizer, passed on to the updater.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute in torch
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups that schedulers and users change."""
         return self._updater.param_groups
 

@@ -127,7 +127,7 @@ class Panel:
         owner = self._owner()
         if owner is None:
             return
-        owner._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks for it
+        owner._opt_called = True  # A scheduler asks whether a step came first.
         if not self._in_turn:  # A scheduler on a task without labels asks for a step too.
             owner._mark_as_stepped()
         for hook in owner._optimizer_step_post_hooks.values():

@@ -224,13 +224,13 @@ class Ledger:
             return "applied"
         return "changed" if max(writes) == 1 else "new"
 
-    def holds(self, parameter: Tensor) -> bool:
-        """Returns whether the parameter has a gradient other than zeros."""
+    def holds_made(self, parameter: Tensor) -> bool:
+        """Returns whether the gradient that a method made is still there, and not zeroed."""
         gradient = parameter.grad
-        if gradient is None:
+        status, version = getattr(gradient, "_mtlopt", ("new", 0))
+        if gradient is None or status != "made":
             return False
-        unchanged = getattr(gradient, "_mtlopt", None) == ("made", gradient._version)
-        return unchanged or bool(local(gradient).any())
+        return version == gradient._version or bool(local(gradient).any())
 
     def copied(self, parameters: Sequence[Tensor]) -> None:
         """Renews the records of copied gradients, whose versions start from zero."""

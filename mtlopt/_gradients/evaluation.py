@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,43 +29,24 @@ from mtlopt._gradients.losses import (
     Task,
     Values,
     names_of,
+    present_tasks,
     sum_tensors,
     weighted,
 )
 from mtlopt._gradients.report import Mistake, Report
+from mtlopt._gradients.sums import Part, accumulate
 
 Forwards: TypeAlias = Literal["joint", "per-task", "per-pass"]
 """How often `losses` is called: once for all tasks, once a task, or once a backward pass."""
 Weights: TypeAlias = Mapping[str, float | Tensor]
 """Loss weights by name; a name left out has weight 1."""
-Part: TypeAlias = tuple[str, ...]
-"""Names whose losses are differentiated together."""
-Key = TypeVar("Key", str, Task)
-
 
 unscaled: Callable[[Tensor], Tensor] = lambda loss: loss  # noqa: E731  # as every scaler
 
 
-class Sums(NamedTuple):
-    """Gradients summed over micro-batches, not yet corrected by the counts."""
-
-    gradients: dict[Part, Gradients]
-    at_outputs: dict[Part, Gradients]
-    """The gradients at recorded outputs, of all micro-batches one after the other."""
-    seen: dict[str, list[Loss]]
-    """Each name's losses, without a graph."""
-
-
 @dataclass
 class Evaluation:
-    """Turns the losses of one step into gradients, without moving anything.
-
-    Averages are by count: of n samples in all, a micro-batch (or a process) with m of them
-    contributes m/n of a task's gradient. The counts of later micro-batches are unknown at the time
-    of a backward pass, so each loss is first weighted as if all counts were the first one's, and
-    the sum of gradients is corrected at the end. With equal counts the correction is exactly 1,
-    and large counts do not overflow a float16 gradient.
-    """
+    """Turns the losses of one step into gradients, without moving anything."""
 
     losses: LossEvaluator
     tasks: Sequence[Task]
@@ -97,7 +78,7 @@ class Evaluation:
         return self.prescaled or self.scale is not unscaled
 
     @property
-    def _separate(self) -> bool:
+    def is_separate(self) -> bool:
         """Returns whether each backward pass has its own call of `losses`."""
         return self.forwards != "joint" and self.losses.is_function
 
@@ -128,7 +109,7 @@ class Evaluation:
             return self._add_averaged_sum(names, weights)
         values: Values = {}
         for asked in [(name,) for name in names] if separate else [names]:
-            terms, means = self._ask(asked, self.batches[0], self.ranks)
+            terms, means = self.ask(asked, self.batches[0], self.ranks)
             if terms.keys() - self.report.searched:
                 self.report.search(terms, self.parameters)
             present = {name: mean.value for name, mean in means.items()}
@@ -138,11 +119,14 @@ class Evaluation:
         return values
 
     @torch.enable_grad()
-    def per_task(self, at: object = None) -> tuple[Rows, dict[Task, Gradients]]:
+    def per_task(
+        self, at: object = None, weights: Weights | None = None
+    ) -> tuple[Rows, dict[Task, Gradients]]:
         """Takes the averaged gradient of each present task; `.grad` stays as it is.
 
         Args:
             at: Modules at whose outputs gradients are wanted too.
+            weights: Weights of the losses.
 
         Returns:
             The rows, in the tasks' order, and by task the gradients at the outputs.
@@ -150,30 +134,33 @@ class Evaluation:
         # Names in a group need separate gradients only where their counts can differ.
         whole = len(self.batches) == 1 and self.ranks.per_micro_batch is self.ranks.per_step
         parts = {t: [names_of(t)] if whole else [(n,) for n in names_of(t)] for t in self.tasks}
-        sums = self._accumulate([part for own in parts.values() for part in own], at)
-        values, corrections = self._average(sums.seen)
+        sums = accumulate(self, [part for own in parts.values() for part in own], at, weights)
         gradients: dict[Task, Gradients] = {}
         at_outputs: dict[Task, Gradients] = {}
-        for task in self._present(values):
+        for task, own in parts.items():
+            present = [part for part in own if any(name in sums.values for name in part)]
+            if not present:
+                continue
             total: Gradients = [None] * len(self.parameters)
             there: Gradients = []
-            for part in parts[task]:
-                factor = next((corrections[name] for name in part if name in values), 1.0)
+            for part in present:
+                factor = next(sums.corrections[name] for name in part if name in sums.values)
                 found = scaled(sums.at_outputs.pop(part, []), factor)
                 there = add(there, found) if there and found else there or found
-                if part in sums.gradients and any(name in values for name in part):
+                if part in sums.gradients:
                     total = add(total, scaled(sums.gradients.pop(part), factor))
             gradients[task] = self.ranks.per_step.sum(total, self.parameters)
             at_outputs[task] = there
-        return Rows(gradients, self.parameters, values, self.is_scaled), at_outputs
+        return Rows(gradients, self.parameters, sums.values, self.is_scaled), at_outputs
 
     @torch.enable_grad()
     def add_measured_sum(
         self,
         at: Sequence[Tensor] | Features,
         weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
+        weights: Weights | None = None,
     ) -> Values:
-        """Adds the weighted sum's gradient, with weights chosen from gradients at some tensors.
+        """Adds the weighted sum's gradient, and shows each task's gradient at some tensors.
 
         With one batch each task takes a pass down to these tensors alone, before the one backward
         pass of the sum. Otherwise each task takes a whole one: the weights depend on all
@@ -182,23 +169,25 @@ class Evaluation:
         Args:
             at: Parameters, or modules whose outputs are meant.
             weigh: Returns the weights by task, given the rows of gradients there.
+            weights: Weights that are known before; those of `weigh` multiply them.
 
         Returns:
             The averaged losses by name.
         """
-        if len(self.batches) > 1 or self.ranks.wrapped or self._separate:
-            return self._add_measured_passes(at, weigh)
+        if len(self.batches) > 1 or self.ranks.wrapped or self.is_separate:
+            return self._add_measured_passes(at, weigh, weights or {})
         ranks, tensors = SINGLE_PROCESS, list[Tensor]()
         if isinstance(at, Features):
             ranks = self.ranks  # The rows are of this process's samples.
-            terms, means, tensors = self._ask_recording(self.names, self.batches[0], ranks, at)
+            terms, means, tensors = self.ask_recording(self.names, self.batches[0], ranks, at)
         else:
-            tensors += at
-            terms, means = self._ask(self.names, self.batches[0], self.ranks)
+            tensors = list(at)
+            terms, means = self.ask(self.names, self.batches[0], self.ranks)
         values = {name: mean.value for name, mean in means.items()}
+        terms = {n: weighted(term, (weights or {}).get(n, 1.0)) for n, term in terms.items()}
         losses: dict[Task, Tensor] = {}
         rows: dict[Task, Gradients] = {}
-        for task in self._present(values):
+        for task in present_tasks(self.tasks, values):
             own = [terms[name] for name in names_of(task) if name in terms]
             rows[task] = [None] * len(tensors)  # A rank may lack a task that another one has.
             if own:
@@ -208,8 +197,8 @@ class Evaluation:
                 rows[task] = [g if g is None else g.clone() for g in gradient]
             if not isinstance(at, Features):
                 rows[task] = self.ranks.sum(rows[task], tensors)
-        weights = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
-        self._add_pass([weighted(loss, weights[task]) for task, loss in losses.items()])
+        found = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
+        self._add_pass([weighted(loss, found[task]) for task, loss in losses.items()])
         return values
 
     @torch.enable_grad()
@@ -234,24 +223,20 @@ class Evaluation:
         Returns:
             The averaged losses by name.
         """
-        if is_sharded(self.parameters):
-            raise ValueError(
-                "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
-                "needs whole backward passes."
-            )
+        refuse_shards(self.parameters)
         seen: dict[str, list[Loss]] = {}
         count = len(self.batches)
         self.ranks.check_batches(count)
         for position, batch in enumerate(self.batches):
             with features.cutting() as cuts:
-                terms, means = self._ask(self.names, batch, self.ranks)
+                terms, means = self.ask(self.names, batch, self.ranks)
             if terms:  # A batch without labels need not call the trunk.
                 features.check(cuts)
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
             check_counts(seen, position == count - 1, count)
             factors = {name: (weights or {}).get(name, 1.0) / count for name in terms}
-            losses = self._join(
+            losses = self.join(
                 {name: weighted(terms[name], factors[name]) for name in terms},
                 [names_of(task) for task in self.tasks],
             )
@@ -267,7 +252,9 @@ class Evaluation:
             values = {name: mean.value for name, mean in means.items()}
             # Present on some rank, so present here: without a loss its row is zero.
             nothing: Gradients = [None] * len(at)
-            rows = {t: found.get(names_of(t), [*nothing]) for t in self._present(values)}
+            rows = {
+                t: found.get(names_of(t), [*nothing]) for t in present_tasks(self.tasks, values)
+            }
             combined = combine(Rows(rows, at, values, self.is_scaled, False, self.ranks))
             backward_from(cuts, combined)
             if compiled:
@@ -282,15 +269,15 @@ class Evaluation:
         """Asks for all losses and returns their averages, without gradients."""
         seen: dict[str, list[Loss]] = {name: [] for name in self.names}
         for batch in self.batches:
-            for asked in [(name,) for name in self.names] if self._separate else [self.names]:
-                _, means = self._ask(asked, batch, self.ranks.per_micro_batch)
+            for asked in [(name,) for name in self.names] if self.is_separate else [self.names]:
+                _, means = self.ask(asked, batch, self.ranks.per_micro_batch)
                 for name, mean in means.items():
                     seen[name].append(mean)
         return {name: mean.value for name, mean in self.ranks.per_step.agree(seen).items()}
 
     # Asking.
 
-    def _ask(
+    def ask(
         self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks
     ) -> tuple[dict[str, Tensor], dict[str, Loss]]:
         """Asks for losses on one batch.
@@ -310,20 +297,17 @@ class Evaluation:
                     terms[name] = weighted(loss.value, share)
         return terms, means
 
-    def _ask_recording(
+    def ask_recording(
         self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks, at: Features
     ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
         """Asks for losses, and returns the modules' outputs too."""
         with at.recording() as calls:
-            terms, means = self._ask(names, batch, ranks)
+            terms, means = self.ask(names, batch, ranks)
         if terms:
             at.check(calls)
         return terms, means, [output for call in calls for output in call.outputs]
 
-    def _present(self, values: Values) -> list[Task]:
-        return [t for t in self.tasks if any(name in values for name in names_of(t))]
-
-    def _join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
+    def join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
         """Returns the scaled sums of the terms of each part that has any."""
         own = {part: [terms[name] for name in part if name in terms] for part in parts}
         return {part: self.scale(sum_tensors(found)) for part, found in own.items() if found}
@@ -345,82 +329,32 @@ class Evaluation:
             own = found
         add_to_grads(self.parameters, self.ranks.sum(own, self.parameters))
 
-    def _accumulate(self, parts: Sequence[Part], at: object = None) -> Sums:
-        """Sums the gradients of parts over the micro-batches, and those at outputs of modules."""
-        names = [name for part in parts for name in part]
-        sums = Sums({}, {}, {name: [] for name in names})
-        ranks = self.ranks.per_micro_batch
-        first_terms: list[Tensor] = []
-        for batch in self.batches:
-            for asked in parts if self._separate else [names]:
-                outputs: list[Tensor] = []
-                if isinstance(at, Features):
-                    terms, means, outputs = self._ask_recording(asked, batch, ranks, at)
-                else:
-                    terms, means = self._ask(asked, batch, ranks)
-                first_terms += terms.values() if batch is self.batches[0] else ()
-                for name, mean in means.items():
-                    sums.seen[name].append(mean)
-                    first = sums.seen[name][0].samples
-                    factor = mean.samples / (first * len(self.batches))
-                    if name in terms:
-                        terms[name] = weighted(terms[name], factor)
-                for output in outputs:
-                    output.retain_grad()
-                joined = self._join(terms, parts)
-                passes = differentiate(
-                    list(joined.values()),
-                    [*self.parameters, *outputs],
-                    self.parameters_only,
-                    self.retain_graph,
-                )
-                for part, gradient in zip(joined, passes, strict=True):
-                    own, there = gradient[: len(self.parameters)], gradient[len(self.parameters) :]
-                    known = sums.gradients.get(part)
-                    sums.gradients[part] = own if known is None else add(known, own)
-                    sums.at_outputs.setdefault(part, []).extend(there)
-        for part, gradient in sums.gradients.items():
-            if all(piece is None for piece in gradient):
-                self.report.mistakes.append(
-                    Mistake("unreached", part if len(part) > 1 else part[0])
-                )
-        if any(len({loss.samples for loss in losses}) > 1 for losses in sums.seen.values()):
-            self.report.search_for_others(first_terms, self.parameters)
-        return sums
-
-    def _average(self, seen: Mapping[str, Sequence[Loss]]) -> tuple[Values, dict[str, float]]:
-        """Averages the losses, and returns the factors that correct the sums of gradients."""
-        means = self.ranks.per_step.agree(seen)
-        corrections = {
-            # A rank without samples has no sum to correct.
-            name: seen[name][0].samples * len(self.batches) / mean.samples if seen[name] else 1.0
-            for name, mean in means.items()
-        }
-        return {name: mean.value for name, mean in means.items()}, corrections
-
     def _add_averaged_sum(
         self, names: Sequence[str], weights: Weights | Callable[[Values], Weights] | None
     ) -> Values:
-        """Weights the averaged gradients; the losses were not averaged before their passes."""
-        sums = self._accumulate([(name,) for name in names])
-        values, corrections = self._average(sums.seen)
-        own = (weights(values) if callable(weights) else weights) or {}
-        factors = _to_floats({name: own.get(name, 1.0) for name in values})
+        """Adds up averaged gradients, since the losses were not averaged before their passes."""
+        # Weights that are known multiply the losses, so that parameters of other optimizers, whose
+        # gradients go straight into `.grad`, are weighted too.
+        known: Any = None if callable(weights) else weights
+        sums = accumulate(self, [(name,) for name in names], weights=known)
+        rule = weights(sums.values) if callable(weights) else {}
+        factors = _to_floats({name: rule.get(name, 1.0) for name in sums.values})
         total: Gradients = [None] * len(self.parameters)
-        for name, correction in corrections.items():
+        for name, correction in sums.corrections.items():
             if (found := sums.gradients.pop((name,), None)) is not None:
                 total = add(total, scaled(found, correction * factors[name]))
-        if values:
+        if sums.values:
             add_to_grads(self.parameters, self.ranks.per_step.sum(total, self.parameters))
-        return values
+        return sums.values
 
     def _add_measured_passes(
         self,
         at: Sequence[Tensor] | Features,
         weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
+        weights: Weights,
     ) -> Values:
         """Weights whole gradients, by rows that are a part of them or were recorded with them."""
-        whole, at_outputs = self.per_task(at)
+        whole, at_outputs = self.per_task(at, weights)
         if isinstance(at, Features):
             rows = replace(whole, gradients=at_outputs, tensors=[], ranks=self.ranks)
         else:
@@ -430,15 +364,23 @@ class Evaluation:
                 own = [gradient[position[id(tensor)]] for tensor in at]
                 parts[task] = [g if g is None else g.clone() for g in own]
             rows = replace(whole, gradients=parts, tensors=at)
-        weights = weigh(rows)
-        for task, factor in _to_floats({t: weights[t] for t in whole.gradients}).items():
+        found = weigh(rows)
+        for task, factor in _to_floats({t: found[t] for t in whole.gradients}).items():
             add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
         return whole.values
 
 
-def _to_floats(weights: Mapping[Key, float | Tensor]) -> dict[Key, float]:
+def refuse_shards(parameters: Sequence[Tensor]) -> None:
+    """Refuses to work at features of a model under FSDP2."""
+    if is_sharded(parameters):
+        raise ValueError(
+            "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
+            "needs whole backward passes."
+        )
+
+
+def _to_floats(weights: Mapping[Any, float | Tensor]) -> dict[Any, float]:
     """Copies weights to the host, all at once."""
-    tensors = {key: weight for key, weight in weights.items() if isinstance(weight, Tensor)}
-    copies = dict(zip(tensors, to_numbers([*tensors.values()]), strict=True)) if tensors else {}
-    numbers = {key: w for key, w in weights.items() if not isinstance(w, Tensor)}
-    return {key: copies[key] if key in copies else numbers[key] for key in weights}
+    tensors = [weight for weight in weights.values() if isinstance(weight, Tensor)]
+    numbers = iter(to_numbers(tensors) if tensors else ())
+    return {k: next(numbers) if isinstance(w, Tensor) else w for k, w in weights.items()}

@@ -29,6 +29,11 @@ def names_of(*tasks: Task) -> tuple[str, ...]:
     return tuple(name for task in tasks for name in (task if isinstance(task, tuple) else (task,)))
 
 
+def present_tasks(tasks: Iterable[Task], values: Mapping[str, Any]) -> list[Task]:
+    """Lists the tasks and groups of which some name has a value."""
+    return [task for task in tasks if any(name in values for name in names_of(task))]
+
+
 def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
     """Returns the tasks as a tuple, or raises an error that says what is wrong with them."""
     if isinstance(tasks, str) or not isinstance(tasks, Iterable):

@@ -156,15 +156,15 @@ class GradNorm(CombiningOptimizer):
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
         self._losses_are_scaled = evaluation.prescaled
+        by_task = self._weights.by_task.items()
+        weights = {name: weight.item() for task, weight in by_task for name in names_of(task)}
         if self._features is not None:
-            by_task = self._weights.by_task.items()
-            weights = {name: weight.item() for task, weight in by_task for name in names_of(task)}
-            return evaluation.at_features(self._features, self._sum_and_observe, weights)
+            return evaluation.at_features(self._features, self._observe_features, weights)
         self._forget_cleared_gradients()
-        return evaluation.add_measured_sum(self.shared, self._weigh_and_observe)
+        return evaluation.add_measured_sum(self.shared, self._observe_shared, weights)
 
-    def _weigh_and_observe(self, rows: Rows) -> Mapping[Task, Tensor]:
-        """Returns the present weights; the norms that they will learn from are over `shared`."""
+    def _observe_shared(self, rows: Rows) -> Mapping[Task, float]:
+        """Notes the norms over `shared`; the rows are of weighted losses."""
         for task, row in rows.gradients.items():
             if any(part is None for part in row):
                 raise ValueError(
@@ -172,13 +172,11 @@ class GradNorm(CombiningOptimizer):
                     f"{task!r} does not depend."
                 )
         sums = {task: self._weights.with_earlier(task, row) for task, row in rows.gradients.items()}
-        weights = self._weights.by_task
-        norms = {task: weights[task] * norm([*row]) for task, row in sums.items()}
-        self._observe(norms, rows.values, sums)
-        return weights
+        self._observe({task: norm([*row]) for task, row in sums.items()}, rows.values, sums)
+        return dict.fromkeys(rows.gradients, 1.0)
 
-    def _sum_and_observe(self, rows: Rows) -> Gradients:
-        """Returns the plain sum of the rows, which at features are of weighted losses already."""
+    def _observe_features(self, rows: Rows) -> Gradients:
+        """Notes the norms at the features, and returns the sum of the rows."""
         if rows.tensors or rows.is_distributed:
             self._observe(dict(zip(rows.gradients, rows.norms(), strict=True)), rows.values)
         return rows.combine([1.0] * len(rows.gradients))
@@ -203,7 +201,7 @@ class GradNorm(CombiningOptimizer):
 
     def _forget_cleared_gradients(self) -> None:
         """Forgets what was observed of gradients that were cleared without a step."""
-        if self._weights.observed and not self._ledger.holds(self.shared[0]):
+        if self._weights.observed and not self._ledger.holds_made(self.shared[0]):
             self._weights.observed.clear()
 
     def _check_made(self) -> None:
@@ -234,7 +232,7 @@ class Observation:
     norm: float = 0.0
     losses: dict[str, list[float]] = field(default_factory=dict)
     gradient: list[Tensor] = field(default_factory=list)
-    """The unweighted gradient over `shared`, to which further calls of `backward` add."""
+    """The gradient over `shared`, to which further calls of `backward` add."""
 
     def mean_losses(self) -> dict[str, float]:
         """Returns each name's mean loss over calls of `backward`."""

@@ -1,0 +1,98 @@
+"""Sums: gradients accumulated over micro-batches, and averaged by counts."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from mtlopt._gradients.arithmetic import Gradients, add
+from mtlopt._gradients.autograd import differentiate
+from mtlopt._gradients.features import Features
+from mtlopt._gradients.losses import Loss, Values, weighted
+from mtlopt._gradients.report import Mistake
+
+if TYPE_CHECKING:
+    from mtlopt._gradients.evaluation import Evaluation
+
+Part: TypeAlias = tuple[str, ...]
+"""Names whose losses are differentiated together."""
+
+
+class Sums(NamedTuple):
+    """Gradients summed over micro-batches."""
+
+    gradients: dict[Part, Gradients]
+    at_outputs: dict[Part, Gradients]
+    """The gradients at recorded outputs, of all micro-batches one after the other."""
+    values: Values
+    """The averaged losses of the present tasks."""
+    corrections: dict[str, float]
+    """What turns each name's sum into its average."""
+
+
+def accumulate(
+    evaluation: "Evaluation",
+    parts: Sequence[Part],
+    at: object = None,
+    weights: Mapping[str, float | Tensor] | None = None,
+) -> Sums:
+    """Sums the gradients of parts over the micro-batches, and those at outputs of modules.
+
+    Averages are by count: of n samples in all, a micro-batch (or a process) with m of them
+    contributes m/n of a task's gradient. The counts of later micro-batches are unknown at the time
+    of a backward pass, so each loss is first weighted as if all counts were the first one's, and
+    the sum of gradients is corrected at the end. With equal counts the correction is exactly 1,
+    and large counts do not overflow a float16 gradient.
+
+    Args:
+        evaluation: What to differentiate.
+        parts: Names whose losses are differentiated together.
+        at: Modules at whose outputs gradients are wanted too.
+        weights: What each name's loss is multiplied by, 1 if left out.
+    """
+    names = [name for part in parts for name in part]
+    seen: dict[str, list[Loss]] = {name: [] for name in names}
+    sums = Sums({}, {}, {}, {})
+    ranks, batches = evaluation.ranks.per_micro_batch, evaluation.batches
+    first_terms: list[Tensor] = []
+    for batch in batches:
+        for asked in parts if evaluation.is_separate else [names]:
+            outputs: list[Tensor] = []
+            if isinstance(at, Features):
+                terms, means, outputs = evaluation.ask_recording(asked, batch, ranks, at)
+            else:
+                terms, means = evaluation.ask(asked, batch, ranks)
+            first_terms += terms.values() if batch is batches[0] else ()
+            for name, mean in means.items():
+                seen[name].append(mean)
+                factor = mean.samples / (seen[name][0].samples * len(batches))
+                weight = 1.0 if weights is None else weights.get(name, 1.0)
+                if name in terms:
+                    terms[name] = weighted(terms[name], factor * weight)
+            for output in outputs:
+                output.retain_grad()
+            losses = evaluation.join(terms, parts)
+            passes = differentiate(
+                list(losses.values()),
+                [*evaluation.parameters, *outputs],
+                evaluation.parameters_only,
+                evaluation.retain_graph,
+            )
+            for part, gradient in zip(losses, passes, strict=True):
+                there = gradient[len(evaluation.parameters) :]
+                del gradient[len(evaluation.parameters) :]
+                known = sums.gradients.get(part)
+                sums.gradients[part] = gradient if known is None else add(known, gradient)
+                sums.at_outputs.setdefault(part, []).extend(there)
+    for part, gradient in sums.gradients.items():
+        if all(piece is None for piece in gradient):
+            task = part if len(part) > 1 else part[0]
+            evaluation.report.mistakes.append(Mistake("unreached", task))
+    if any(len({loss.samples for loss in losses}) > 1 for losses in seen.values()):
+        evaluation.report.search_for_others(first_terms, evaluation.parameters)
+    for name, mean in evaluation.ranks.per_step.agree(seen).items():
+        sums.values[name] = mean.value
+        # A rank without samples of the task has no sum to correct.
+        first = seen[name][0].samples if seen[name] else 0
+        sums.corrections[name] = first * len(batches) / mean.samples if first else 1.0
+    return sums
