@@ -61,6 +61,7 @@ ELEMENTWISE: dict[str, Make] = {
     "independent": lambda w, lr: mtlopt.IndependentOptimizer(torch.optim.Adam, [w], TASKS, lr=lr),
 }
 COMBINING: dict[str, Make] = {
+    "Balanced": around_adam(mtlopt.Balanced),
     "uncertainty (UW)": around_adam(mtlopt.Scalarized, S.UW),
     "FAMO": around_adam(mtlopt.Scalarized, S.FAMO),
     "GradNorm": lambda w, lr: mtlopt.GradNorm(torch.optim.Adam([w], lr=lr), TASKS, shared=[w]),

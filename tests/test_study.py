@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from benchmarks import toy
 from benchmarks.study.comparison import compare, differences, holm
 from benchmarks.study.costs import measure_costs
 from benchmarks.study.figures import STYLES, draw
-from benchmarks.study.findings import View, compare_all
+from benchmarks.study.findings import Findings, View, compare_all
 from benchmarks.study.methods import METHODS, SUM, TUNED, constants, family, make_optimizer, names
 from benchmarks.study.plan import (
     FIRST_FINAL_SEED,
@@ -38,7 +40,7 @@ from benchmarks.study.plan import (
 from benchmarks.study.problem import load, make
 from benchmarks.study.problems import burgers, qm9
 from benchmarks.study.problems.heads import LinearHeads
-from benchmarks.study.report import number
+from benchmarks.study.report import number, sentence
 from benchmarks.study.results import RUNS, append_rows, load_rows, read_scores
 from benchmarks.study.rules import NormalisedSTCH
 from benchmarks.study.training import run, score, train
@@ -487,6 +489,20 @@ def test_the_figure_has_a_row_per_method_and_a_colour_and_shape_per_family() -> 
     assert {family(method) for method in METHODS} < STYLES.keys()
     assert len(set(STYLES.values())) == len({colour for colour, _ in STYLES.values()})
     assert len({marker for _, marker in STYLES.values()}) == len(STYLES)
+
+
+def test_the_sentence_says_what_the_rows_say() -> None:
+    def say(**means: float) -> str:
+        return sentence(cast(Findings, SimpleNamespace(equal=view_of(**means))))
+
+    ahead = say(**{TUNED: 0.0, SUM: -1.0, "PCGrad": 1.0, "DWA": -2.0, "MGDA": 0.0})
+    assert "1 of 4 rivals were better than the tuned sum, 2 worse and 1 undecided" in ahead
+    assert "over 7 fresh seeds" in ahead
+    assert "The best mean is that of PCGrad, +1.00 % [" in ahead
+    assert ahead.endswith("], better.\n")
+    behind = say(**{TUNED: 0.0, "DWA": -2.0})
+    assert "0 of 1 rivals were better than the tuned sum, 1 worse and 0 undecided" in behind
+    assert behind.endswith("No mean is ahead of it.\n")
 
 
 def test_numbers_are_written_without_a_signed_zero() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.study.comparison import Comparison
 from benchmarks.study.figures import DOTS, draw
 from benchmarks.study.findings import Findings, View, choice_of, find, mean_of
-from benchmarks.study.methods import METHODS, REFERENCE, TUNED
+from benchmarks.study.methods import METHODS, REFERENCE, SUM, TUNED
 from benchmarks.study.study import Study
 from benchmarks.timing import write_table
 
@@ -90,15 +90,17 @@ def sentence(findings: Findings) -> str:
     view = findings.equal
     assert view is not None
     seeds, count = len(view.tests[TUNED]), len(view.comparisons)
-    text = f"At equal compute, over {seeds} fresh seeds, {view.count('better')} of {count} methods "
+    text = f"At equal compute, over {seeds} fresh seeds, {view.count('better')} of {count} rivals "
     text += f"were better than the tuned sum, {view.count('worse')} worse and "
     text += f"{view.count('undecided')} undecided (paired t tests, Holm's correction, 5 %)."
-    best = view.best_first[0]
-    if best != TUNED:
-        found = view.comparisons[best]
-        text += f" The best mean was that of {best}, {number(found.mean)} % "
-        text += f"[{number(found.low)}, {number(found.high)}], {found.word}."
-    return text + "\n"
+    if SUM in view.comparisons and view.comparisons[SUM][:3] == (0, 0, 0):
+        text += " The search kept equal weights: the tuned sum is the plain sum."
+    ahead = [m for m in view.best_first if m != TUNED and view.comparisons[m].mean > 0]
+    if not ahead:
+        return text + " No mean is ahead of it.\n"
+    found = view.comparisons[ahead[0]]
+    text += f" The best mean is that of {ahead[0]}, {number(found.mean)} % "
+    return text + f"[{number(found.low)}, {number(found.high)}], {found.word}.\n"
 
 
 def headline(found: Sequence[Findings]) -> str:
