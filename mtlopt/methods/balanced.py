@@ -18,7 +18,6 @@ from mtlopt._gradients.losses import (
     CheckFinite,
     Task,
     Values,
-    check_parameters,
     names_of,
     sum_by_task,
     sum_tensors,
@@ -103,27 +102,11 @@ class Balanced(CombiningOptimizer):
     ) -> None:
         options = Options(scaler, check_finite, process_group)
         super().__init__(optimizer, tasks, forwards, options, features)
-        if by not in ("gradients", "losses"):
-            raise ValueError(f"`by` must be 'gradients' or 'losses', got {by!r}.")
-        if features is not None and shared is not None:
-            raise ValueError("`features` and `shared` are two places to measure at: give one.")
-        if by == "losses" and not (features is None and shared is None and every == 10):
-            raise ValueError(
-                "`features`, `shared` and `every` must be left out with by='losses', which needs "
-                "no gradients and notes every loss."
-            )
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be a whole number of steps, at least 1, got {every!r}.")
+        self._check_place(by, features, shared, every)
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {decay!r}.")
         self.by, self.every, self.decay = by, every, decay
-        self.shared = None if shared is None else check_parameters("shared", shared)
-        own = {id(parameter) for parameter in self._parameters if parameter.requires_grad}
-        if self.shared is not None and not (self.shared and {id(p) for p in self.shared} <= own):
-            raise ValueError(
-                "`shared` must hold at least one parameter, all among the optimizer's that "
-                f"require a gradient, got {len(self.shared)} tensors."
-            )
+        self.shared = None if shared is None else self._checked_shared(shared)
         self.shares = self._checked_shares({} if shares is None else shares)
         # Moving averages of squared norms, or of losses, of the tasks measured so far.
         self._averages: dict[Task, float] = {}
@@ -134,6 +117,20 @@ class Balanced(CombiningOptimizer):
         self._late: set[Task] = set()
         # The averages and sets before this step's measurement, which an overflow takes back.
         self._earlier: tuple[dict[Task, float], set[Task], set[Task]] | None = None
+
+    @staticmethod
+    def _check_place(by: object, features: object, shared: object, every: object) -> None:
+        if by not in ("gradients", "losses"):
+            raise ValueError(f"`by` must be 'gradients' or 'losses', got {by!r}.")
+        if features is not None and shared is not None:
+            raise ValueError("`features` and `shared` must not go together: give one place.")
+        if by == "losses" and not (features is None and shared is None and every == 10):
+            raise ValueError(
+                "`features`, `shared` and `every` must be left out with by='losses', which needs "
+                "no gradients and notes every loss."
+            )
+        if type(every) is not int or every < 1:
+            raise ValueError(f"`every` must be a whole number of steps, at least 1, got {every!r}.")
 
     def _checked_shares(self, shares: Mapping[Task, float]) -> dict[Task, float]:
         if not isinstance(shares, Mapping):
