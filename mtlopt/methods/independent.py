@@ -34,9 +34,9 @@ class IndependentOptimizer(SequentialOptimizer):
     options and state; the instance itself is not used afterwards. ``IndependentOptimizer(
     torch.optim.Adam, params, tasks, lr=1e-3)`` calls the class T times.
 
-    ``param_groups`` is the control panel: a scheduler on it, or a value set in it, takes
-    effect for every task before its next update. ``optimizer[task]`` is the task's own optimizer; a value set in
-    its ``param_groups`` stays with that task until :meth:`reset_overrides`.
+    ``param_groups`` is the control panel: a scheduler on it, or a value set in it, takes effect for
+    every task before its next update. ``optimizer[task]`` is the task's own optimizer; a value set
+    in its ``param_groups`` stays with that task until :meth:`reset_overrides`.
 
     Args:
         optimizer_class: An optimizer, or a class of optimizer, or a factory with the same call
