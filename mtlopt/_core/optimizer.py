@@ -299,7 +299,7 @@ class MultiTaskOptimizer(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._updater.param_groups = groups
+        self._updater.assign_groups(groups)
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]  # an attribute in torch

@@ -53,7 +53,7 @@ def _duplicates(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optim
     """Makes an optimizer for each task like the given one, with a copy of its state."""
     name = type(optimizer).__name__
     check_plain(optimizer, "")
-    if "step" in vars(optimizer) or any("initial_lr" in g for g in optimizer.param_groups):
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         raise ValueError(
             f"`optimizer` must have no scheduler yet, got {name} with one, which would have "
             "no effect: attach it to the IndependentOptimizer."

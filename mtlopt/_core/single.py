@@ -25,8 +25,7 @@ class Single:
     def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+    def assign_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
 
     @property

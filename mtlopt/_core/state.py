@@ -14,11 +14,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the entry `mtlopt` in state dicts."""
-NOT_OPTIONS = {
-    *("params", "param_names"),
-    *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
-}
-"""Keys of parameter groups that are no options of the class; most belong to schedulers."""
+SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
+"""Keys of parameter groups that schedulers write."""
+NOT_OPTIONS = {"params", "param_names"} | SCHEDULERS
+"""Keys of parameter groups that are no options of the class."""
 
 
 def save(optimizer: "MultiTaskOptimizer") -> dict[str, Any]:
