@@ -543,3 +543,56 @@ def test_ranks_take_the_step_of_the_joined_batch(tmp_path: Path) -> None:
         optimizer = make(model, make_rule(name))
         expected = train(optimizer, model, batches(5))
         torch.testing.assert_close(first[name], expected, rtol=1e-10, atol=1e-12)
+
+
+class Residual(torch.nn.Module):
+    """Losses that draw random numbers, one of which differentiates by its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(1, 1).double()
+
+    def losses(self, tasks: Sequence[str]) -> dict[str, Tensor]:
+        x = torch.rand(4, 1, dtype=torch.float64).requires_grad_()
+        u = self.line(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        both = {"slope": (slope - 3).square().mean(), "value": u.square().mean() + 0.1}
+        return {task: both[task] for task in tasks}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_looking_for_the_need_of_a_graph_draws_no_random_numbers(resumed: bool) -> None:
+    """By hand: losses, step, losses again at the new weights, each with its own draws."""
+    model, rule = Residual(), FAMO(2).double()
+    expected, plain = copy.deepcopy(model), FAMO(2).double()
+    optimizer = mtlopt.Scalarized(SGD(model.parameters(), lr=0.1), ["slope", "value"], rule)
+    base = SGD(expected.parameters(), lr=0.1)
+
+    def by_hand() -> None:
+        for _ in range(2):
+            base.zero_grad()
+            plain(torch.stack([*expected.losses(("slope", "value")).values()])).backward()
+            base.step()
+            plain.update(torch.stack([*expected.losses(("slope", "value")).values()]))
+
+    for run in range(2):
+        torch.manual_seed(run)
+        by_hand()
+        torch.manual_seed(run)
+        if resumed and run:
+            state = optimizer.state_dict()
+            optimizer = mtlopt.Scalarized(
+                SGD(model.parameters(), lr=0.1), ["slope", "value"], FAMO(2).double()
+            )
+            optimizer.load_state_dict(copy.deepcopy(state))
+        calls = 0
+
+        def losses(tasks: Sequence[str]) -> dict[str, Tensor]:
+            nonlocal calls
+            calls += 1
+            return model.losses(tasks)
+
+        for _ in range(2):
+            optimizer.step(losses)
+        assert calls == (4 if run else 5)
+    torch.testing.assert_close(snapshot(model), snapshot(expected), rtol=1e-12, atol=1e-14)

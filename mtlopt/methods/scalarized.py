@@ -1,9 +1,9 @@
 """Scalarized: any scalarizer of TorchJD as one loss made of all tasks' losses."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from mtlopt._core.optimizer import Options
 from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of, sum_by_task
-from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
+from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, states_of
 
 
 class Scalarized(CombiningOptimizer):
@@ -209,7 +209,7 @@ class Scalarized(CombiningOptimizer):
         return {"scalarizer": self._rule.state_dict()}
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
-        self._rule.load_state_dict(saved["scalarizer"])
+        self._rule.load_state_dict(saved["scalarizer"], self._device)
 
 
 class Rule:
@@ -254,6 +254,7 @@ class Rule:
     def learn(self, evaluation: Evaluation, tasks: Iterable[Task], device: torch.device) -> None:
         """Shows the rule the losses, averaged as before, at the weights after the step."""
         evaluation = replace(evaluation, losses=replace(evaluation.losses, needs_graph=False))
+        drawn = _random_states(device)
         try:
             with torch.set_grad_enabled(self._needs_graph):
                 values = evaluation.averages()
@@ -261,9 +262,12 @@ class Rule:
             if self._needs_graph:
                 raise
             # A loss with derivatives by its inputs (the residual of an equation) needs a graph.
-            self._needs_graph = True
+            # What the failed attempt drew (dropout) is drawn again.
+            for restore_state, state in drawn:
+                restore_state(state)
             with torch.enable_grad():
                 values = evaluation.averages()
+            self._needs_graph = True
         with torch.autocast(device.type, enabled=False):
             losses = _stack(sum_by_task(tasks, values), device)
             self.scalarizer.update(losses)  # type: ignore[operator]  # FAMO's
@@ -271,22 +275,23 @@ class Rule:
     def keep_state(self) -> None:
         """Keeps the state before a step, unless one is kept already."""
         if self.kept is None:
-            self.kept = deepcopy([state_of(part) for part in stateful(self.scalarizer)])
+            self.kept = deepcopy(states_of(self.scalarizer))
 
     def roll_back(self) -> None:
         """Restores the state that was kept, if any."""
         if self.kept is not None:
-            restore(stateful(self.scalarizer), self.kept)
+            restore(self.scalarizer, self.kept)
             self.kept = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the parameters and the states of the parts."""
         return {
             "parameters": [parameter.detach() for parameter in self.scalarizer.parameters()],
-            "states": [state_of(part) for part in stateful(self.scalarizer)],
+            "states": states_of(self.scalarizer),
+            "needs_graph": self._needs_graph,
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any], device: torch.device) -> None:
         """Loads what :meth:`state_dict` returned."""
         parameters = list(self.scalarizer.parameters())
         shapes = [parameter.shape for parameter in parameters]
@@ -294,8 +299,17 @@ class Rule:
             raise ValueError("`state_dict` must be of the same scalarizer, got other parameters.")
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
             parameter.data.copy_(value)
-        restore(stateful(self.scalarizer), saved["states"])
-        self.kept = None
+        restore(self.scalarizer, saved["states"], device)
+        self.kept, self._needs_graph = None, saved["needs_graph"]
+
+
+def _random_states(device: torch.device) -> list[tuple[Callable[[Tensor], None], Tensor]]:
+    """Returns the states of torch's generators, each with the function that restores it."""
+    states: list[Any] = [(torch.set_rng_state, torch.get_rng_state())]
+    if device.type in ("cuda", "xpu"):
+        module = torch.get_device_module(device)
+        states.append((partial(module.set_rng_state, device=device), module.get_rng_state(device)))
+    return states
 
 
 def _stack(losses: Mapping[Task, Tensor], device: torch.device) -> Tensor:
