@@ -3,7 +3,7 @@
 import copy
 import inspect
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -279,6 +279,8 @@ def test_a_state_is_loaded_onto_the_device_of_its_inputs() -> None:
 class Odd(torchjd.aggregation.Aggregator):
     """Remembers a sum in a buffer, and holds a function."""
 
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(4, 6).double())
@@ -307,7 +309,7 @@ def test_the_state_of_a_rule_of_ones_own_is_saved(kind: Any) -> None:
     twin = copy.deepcopy(model)
     later = make(twin, kind())
     later.load_state_dict(by_file(optimizer.state_dict()))
-    assert later.aggregator.seen.any()
+    assert cast(Odd, later.aggregator).seen.any()
     for own, network in ((optimizer, model), (later, twin)):
         for x, y in data[3:]:
             own.step(make_losses(network), x, y)
