@@ -54,14 +54,15 @@ def accumulate(
     seen: dict[str, list[Loss]] = {name: [] for name in names}
     sums = Sums({}, {}, {}, {})
     ranks, batches = evaluation.ranks.per_micro_batch, evaluation.batches
+    final = len(batches) == 1 and not evaluation.ranks.reduces
     first_terms: list[Tensor] = []
     for batch in batches:
         for asked in parts if evaluation.is_separate else [names]:
             outputs: list[Tensor] = []
             if isinstance(at, Features):
-                terms, means, outputs = evaluation.ask_recording(asked, batch, ranks, at)
+                terms, means, outputs = evaluation.ask_recording(asked, batch, ranks, at, final)
             else:
-                terms, means = evaluation.ask(asked, batch, ranks)
+                terms, means = evaluation.ask(asked, batch, ranks, final)
             first_terms += terms.values() if batch is batches[0] else ()
             for name, mean in means.items():
                 seen[name].append(mean)
@@ -90,7 +91,9 @@ def accumulate(
             evaluation.report.mistakes.append(Mistake("unreached", task))
     if any(len({loss.samples for loss in losses}) > 1 for losses in seen.values()):
         evaluation.report.search_for_others(first_terms, evaluation.parameters)
-    for name, mean in evaluation.ranks.per_step.agree(seen).items():
+    agreed = evaluation.ranks.per_step.agree(seen)
+    skips = evaluation.losses.check_finite == "skip"
+    for name, mean in (evaluation.report.finite(agreed) if skips else agreed).items():
         sums.values[name] = mean.value
         # A rank without samples of the task has no sum to correct.
         first = seen[name][0].samples if seen[name] else 0

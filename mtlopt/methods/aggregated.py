@@ -36,7 +36,8 @@ class Aggregated(CombiningOptimizer):
         aggregator: A ``torchjd.aggregation.Aggregator`` (TorchJD 0.18 or later).
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
         scaler: Gradient scaler for float16; an overflow skips the step.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
+            as absent; both cost a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
         features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
             combined there, and one backward pass takes the result through the trunk.
@@ -100,7 +101,7 @@ class Aggregated(CombiningOptimizer):
 
         Empty before the first step, and for an aggregator that does not weigh by the Gramian.
         """
-        return dict(self._seen)
+        return self._seen | self._skipped()
 
     def _combine(self, rows: Rows) -> Gradients:
         present = [k for k, task in enumerate(self.tasks) if task in rows.gradients]

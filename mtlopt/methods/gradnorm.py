@@ -71,7 +71,8 @@ class GradNorm(CombiningOptimizer):
             classes); a task left out takes its loss at its first step that was not skipped.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step, weights included.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
+            as absent; both cost a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
         features: Instead of `shared`, the module or modules whose outputs all tasks share: the
             norms are taken over those, and one backward pass leads through the trunk.
@@ -145,7 +146,7 @@ class GradNorm(CombiningOptimizer):
             ``weights`` (T,), the ones to be used next; ``norms`` (T,), :math:`G_i` of the weighted
             gradients over `shared`; ``rates`` (T,), :math:`r_i`, mean 1, larger if slower;
             ``skipped``, whether the weights stayed as they were because a norm or a loss was not
-            finite. All on the CPU.
+            finite (with ``check_finite="skip"`` (T,), the tasks left out). All on the CPU.
         """
         nan = torch.full((), float("nan"), **SINGLE)
         last = [self._weights.rates.get(task, (nan, nan)) for task in self.tasks]
@@ -154,6 +155,7 @@ class GradNorm(CombiningOptimizer):
             "norms": torch.stack([norm for norm, _ in last]),
             "rates": torch.stack([rate for _, rate in last]),
             "skipped": torch.tensor(self._weights.skipped, device="cpu"),
+            **self._skipped(),
         }
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
