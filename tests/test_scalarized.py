@@ -357,8 +357,8 @@ def test_rules_with_a_parameter_for_each_task_may_miss_one(name: str, form: str)
     forwards: Any = "per-task" if form == "per-task" else "joint"
     optimizer = mtlopt.Scalarized(base, TASKS, rule, forwards=forwards)
     own = {t: torch.zeros((), dtype=torch.float64, requires_grad=True) for t in TASKS}
-    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
-    plain = SGD([*expected.parameters(), *own.values()], **options)
+    parameters = [*expected.parameters(), *own.values()]
+    plain = SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)
     for i, (x, y) in enumerate(batches(6)):
         lacking = {1: ("b",), 3: ("a", "c"), 4: ("b",)}.get(i, ())
         present = [task for task in TASKS if task not in lacking]

@@ -17,13 +17,12 @@ from problems import TASKS, Network, assert_equal, batches, halves, make_losses,
 from spawned import start
 
 PER_TASK = ("alternating", "independent", "simultaneous", "pcgrad", "gradnorm", "aggregated")
-Spoil = Callable[[Tensor, Any], Tensor]
+Spoil = Callable[[Any, Any], Any]
 
 
 def build(model: Network, method: str, **keywords: Any) -> Any:
     shared = model.trunk[2].weight
-    options = {"optimizer_class": Adam, "shared": shared, "keywords": keywords, "lr": 0.01}
-    return make(method, model.parameters(), **options)
+    return make(method, model.parameters(), TASKS, Adam, shared=shared, keywords=keywords, lr=0.01)
 
 
 def spoilt(model: Network, spoil: Spoil | None, at: int = 0) -> Callable[..., Any]:
@@ -47,7 +46,7 @@ def nan_loss(loss: Tensor, _: Any) -> Tensor:
     return loss * float("nan")
 
 
-def nan_gradient(loss: Tensor, model: Any) -> Tensor:
+def nan_gradient(loss: Tensor, model: Any) -> Any:
     """The root has no derivative at 0."""
     return loss + (0 * model.trunk[2].weight.square().sum()).sqrt()
 
@@ -134,7 +133,7 @@ def test_a_count_of_0_needs_neither_a_graph_nor_a_number(method: str) -> None:
         model, expected = twins()
         (x, y), *_ = batches(1)
         build(model, method, check_finite=True).step(
-            spoilt(model, lambda *_, value=value: (value, 0)),  # type: ignore[misc,arg-type]  # a count
+            spoilt(model, lambda *_, value=value: (value, 0)),
             x,
             y,
         )
@@ -181,7 +180,7 @@ def work(rank: int, folder: str) -> None:
                 own = spoil if rank == 1 or spoil is None else lambda loss, _: loss
 
                 def losses(tasks: Any, *batch: Any, own: Any = own, network: Any = network) -> Any:
-                    values = make_losses(network)(tasks, *batch)
+                    values: dict[str, Any] = {**make_losses(network)(tasks, *batch)}
                     if "b" in tasks and own is None:
                         values["b"] = values["b"] * 0, 0
                     elif "b" in tasks:

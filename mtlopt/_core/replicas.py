@@ -73,9 +73,8 @@ def _duplicate(optimizer: Optimizer) -> Optimizer:
     memo[id(optimizer)] = copy
     copy_subclasses(optimizer.state, memo)
     # Without the constructor, whose signature can be anything.
+    vars(copy).update(deepcopy(extras(optimizer), memo))
     copy.__setstate__(deepcopy(optimizer.__getstate__(), memo))
-    for name, value in extras(optimizer).items():
-        vars(copy).setdefault(name, deepcopy(value, memo))
     return copy
 
 

@@ -68,7 +68,7 @@ def is_finite(gradients: Gradients) -> Tensor:
     """Returns whether all numbers of a gradient are finite."""
     given = [g for g in gradients if g is not None]
     if not given or is_sharded(given):  # The norm's ranks agree.
-        return norm(given).isfinite()
+        return norm(gradients).isfinite()
     flags = [(g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in given]
     return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
 
