@@ -656,3 +656,18 @@ def test_looking_for_the_need_of_a_graph_draws_no_random_numbers(resumed: bool) 
             optimizer.step(losses)
         assert calls == (4 if run else 5)
     torch.testing.assert_close(snapshot(model), snapshot(expected), rtol=1e-12, atol=1e-14)
+
+
+def test_a_scheduler_made_too_early_is_refused_where_the_rule_adds_a_group() -> None:
+    """It has no learning rate for the group, and its next step would fail."""
+    model = Network()
+    base = SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.ExponentialLR(base, 0.5)
+    with pytest.raises(ValueError, match=r"must have no scheduler yet, since UW adds a group"):
+        mtlopt.Scalarized(base, TASKS, make_rule("UW"))
+    assert len(base.param_groups) == 1
+    mtlopt.Scalarized(base, TASKS, make_rule("DWA"))
+    rule = make_rule("UW")
+    base = SGD([*model.parameters(), *rule.parameters()], lr=0.1)
+    torch.optim.lr_scheduler.ExponentialLR(base, 0.5)
+    mtlopt.Scalarized(base, TASKS, rule)

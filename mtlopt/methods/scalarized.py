@@ -123,6 +123,12 @@ class Scalarized(CombiningOptimizer):
         ]
         if not named:
             return
+        if hasattr(self.base.step, "_wrapped_by_lr_sched"):
+            raise ValueError(
+                f"`optimizer` must have no scheduler yet, since {type(self.scalarizer).__name__} "
+                "adds a group of parameters to it: make schedulers afterwards, or give it the "
+                "parameters at first, Adam([*model.parameters(), *scalarizer.parameters()])."
+            )
         with_names = "param_names" in self.param_groups[0]
         group: dict[str, Any] = {"params": named if with_names else [p for _, p in named]}
         if "weight_decay" in self.defaults:
