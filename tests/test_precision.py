@@ -12,8 +12,8 @@ from torch.optim import SGD, Adam, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtlopt
-from all_methods import INDEPENDENT, make_for
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, twins
+from all_methods import INDEPENDENT, every_method, make, make_for
+from problems import TASKS, Network, assert_equal, batches, leaf, make_losses, snapshot, twins
 from round_trips import flat
 
 
@@ -270,3 +270,14 @@ def test_inner_products_do_not_need_float64_on_the_device(monkeypatch: pytest.Mo
     assert operations.products
     results = [r for _, r, _ in operations.seen if isinstance(r, Tensor) and r.is_meta]
     assert torch.float64 not in {result.dtype for result in results}
+
+
+@every_method
+def test_half_precision_parameters_under_a_scaler_are_torchs_error(method: str) -> None:
+    """A gradient in float16 cannot be unscaled; nothing hides the message that says so."""
+    w = leaf(1.0, dtype=torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = make(method, [w], ["a", "b"], shared=w, keywords={"scaler": scaler})
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        optimizer.step(lambda tasks: {task: w.float().square().sum() for task in tasks})
+    assert w.item() == 1

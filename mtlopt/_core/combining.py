@@ -138,9 +138,9 @@ class CombiningOptimizer(MultiTaskOptimizer):
     def _update(self, evaluation: Evaluation, values: Values) -> None:
         skipped = None
         if self._scaling is not None:
+            # Before the hooks, which may clip.
+            skipped = self._unscale(self.base)
             try:
-                # Before the hooks, which may clip.
-                skipped = self._unscale(self.base)
                 self._scaling.step(self.base)
             finally:
                 self._scaling.update()

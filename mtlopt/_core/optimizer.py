@@ -104,6 +104,10 @@ class MultiTaskOptimizer(Optimizer):
         self._model_is_wrapped = False
         self._tasks = check_tasks(tasks)
         self.scaler, self.check_finite, self.process_group = options
+        if self.check_finite not in (False, True, "skip"):
+            raise ValueError(
+                f"`check_finite` must be False, True or 'skip', got {self.check_finite!r}."
+            )
         if self.scaler is not None and not isinstance(self.scaler, torch.amp.GradScaler):
             raise TypeError(
                 f"`scaler` must be a torch.amp.GradScaler, got {self.scaler!r}: "
@@ -196,7 +200,14 @@ class MultiTaskOptimizer(Optimizer):
 
     @abstractmethod
     def diagnostics(self) -> dict[str, Tensor]:
-        """Returns what the last step saw, as tensors ready for a logger."""
+        """Returns what the last step saw, as tensors ready for a logger.
+
+        With ``check_finite="skip"`` also ``skipped`` (T,), which tasks it left out for that.
+        """
+
+    def _skipped(self) -> dict[str, Tensor]:
+        lost = [not self._report.skipped.isdisjoint(names_of(task)) for task in self._tasks]
+        return {"skipped": torch.tensor(lost)} if self.check_finite == "skip" else {}
 
     def _evaluation(
         self,
@@ -209,6 +220,7 @@ class MultiTaskOptimizer(Optimizer):
         # Frozen parameters too: `losses` may freeze and unfreeze between tasks.
         parameters = self._parameters
         scaling = self._scaling
+        self._report.skipped.clear()
         return Evaluation(
             LossEvaluator(losses, names_of(*self._tasks), self.check_finite),
             self._tasks,
@@ -296,7 +308,7 @@ class MultiTaskOptimizer(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._updater.param_groups = groups
+        self._updater.assign_groups(groups)
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]  # an attribute in torch

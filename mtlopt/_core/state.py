@@ -14,11 +14,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the entry `mtlopt` in state dicts."""
-NOT_OPTIONS = {
-    *("params", "param_names"),
-    *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
-}
-"""Keys of parameter groups that are no options of the class; most belong to schedulers."""
+SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
+"""Keys of parameter groups that schedulers write."""
+NOT_OPTIONS = {"params", "param_names"} | SCHEDULERS
+"""Keys of parameter groups that are no options of the class."""
 
 
 def save(optimizer: "MultiTaskOptimizer") -> dict[str, Any]:
@@ -71,7 +70,11 @@ def _identity(optimizer: "MultiTaskOptimizer") -> dict[str, Any]:
 
 def _check_state(optimizer: "MultiTaskOptimizer", state_dict: dict[str, Any]) -> None:
     """Refuses the state of another method, class or set of parameters."""
-    if "param_groups" not in state_dict or not ({"state", "mtlopt"} & state_dict.keys()):
+    # Some classes, such as Lookahead, have state dicts of another form.
+    usual = "param_groups" in (form := optimizer._updater.state_dict())
+    if not usual and form.keys() <= state_dict.keys():
+        state_dict = state_dict | {"param_groups": optimizer.param_groups}
+    elif "param_groups" not in state_dict or not ({"state", "mtlopt"} & state_dict.keys()):
         raise ValueError(
             "`state_dict` must have the entries `param_groups` and `state` or `mtlopt`, "
             f"got {sorted(map(str, state_dict))}."
@@ -176,7 +179,7 @@ def copied_group(group: dict[str, Any]) -> dict[str, Any]:
 def copied_state(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Copies a state dict."""
     memo: dict[int, Any] = {}
-    copy_subclasses(state_dict["state"], memo)
+    copy_subclasses(state_dict.get("state", {}), memo)
     return deepcopy(state_dict, memo)
 
 

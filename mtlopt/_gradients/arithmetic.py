@@ -64,6 +64,15 @@ def norm(gradients: Gradients) -> Tensor:
     return sum_over_shards({c: torch.stack(q).sum() for c, q in squares.items()}).sqrt()
 
 
+def is_finite(gradients: Gradients) -> Tensor:
+    """Returns whether all numbers of a gradient are finite."""
+    given = [g for g in gradients if g is not None]
+    if not given or is_sharded(given):  # The norm's ranks agree.
+        return norm(gradients).isfinite()
+    flags = [(g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in given]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+
+
 def to_numbers(tensors: Sequence[Tensor]) -> list[float]:
     """Copies scalars to the host, all at once."""
     device = tensors[0].device

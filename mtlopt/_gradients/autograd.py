@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import Gradients, add, local, norm
+from mtlopt._gradients.arithmetic import Gradients, add, is_sharded, local, norm
 
 
 def backward(
@@ -180,6 +180,12 @@ def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
 
 # The ledger.
 
+
+def _note_backward(parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad._mtlopt_backward = True  # type: ignore[attr-defined]  # a note
+
+
 Status: TypeAlias = Literal["new", "made", "applied", "changed"]
 
 
@@ -224,13 +230,25 @@ class Ledger:
             return "applied"
         return "changed" if max(writes) == 1 else "new"
 
-    def holds_made(self, parameter: Tensor) -> bool:
-        """Returns whether the gradient that a method made is still there, and not zeroed."""
+    def watch(self, parameter: Tensor) -> None:
+        """Notes from now on which of the parameter's gradients come from backward passes."""
+        hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if _note_backward not in (hooks or {}).values():
+            parameter.register_post_accumulate_grad_hook(_note_backward)
+
+    def has_lost(self, parameter: Tensor) -> bool:
+        """Returns whether a gradient that a method made was cleared, and not merely changed.
+
+        A tensor that was assigned in its place, such as a centred gradient, is a change; one that
+        a backward pass left after clearing is not.
+        """
         gradient = parameter.grad
         status, version = getattr(gradient, "_mtlopt", ("new", 0))
-        if gradient is None or status != "made":
-            return False
-        return version == gradient._version or bool(local(gradient).any())
+        if gradient is None or (status != "made" and is_sharded([gradient])):
+            return True
+        if status != "made" and hasattr(gradient, "_mtlopt_backward"):
+            return True
+        return version != gradient._version and not bool(local(gradient).any())
 
     def copied(self, parameters: Sequence[Tensor]) -> None:
         """Renews the records of copied gradients, whose versions start from zero."""

@@ -154,6 +154,8 @@ class Evaluation:
                 total = self.ranks.sum(total, self.parameters)
             gradients[task] = total
             at_outputs[task] = there
+        if self.losses.check_finite == "skip":
+            self._drop_lost(gradients, at_outputs, sums.values)
         return Rows(gradients, self.parameters, sums.values, self.is_scaled), at_outputs
 
     @torch.enable_grad()
@@ -203,6 +205,8 @@ class Evaluation:
                 rows[task] = [g if g is None else g.clone() for g in gradient]
             if modules is None:
                 rows[task] = self.ranks.sum(rows[task], tensors)
+        if self.losses.check_finite == "skip" and not isinstance(at, Features):
+            self._drop_lost(rows, losses, values)
         found = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
         self._add_pass([weighted(loss, found[task]) for task, loss in losses.items()])
         return values
@@ -274,7 +278,7 @@ class Evaluation:
         seen: dict[str, list[Loss]] = {name: [] for name in self.names}
         for batch in self.batches:
             for asked in [(name,) for name in self.names] if self.is_separate else [self.names]:
-                _, means = self.ask(asked, batch, self.ranks.per_micro_batch)
+                _, means = self.ask(asked, batch, self.ranks.per_micro_batch, False)
                 for name, mean in means.items():
                     seen[name].append(mean)
         return {name: mean.value for name, mean in self.ranks.per_step.agree(seen).items()}
@@ -282,9 +286,9 @@ class Evaluation:
     # Asking.
 
     def ask(
-        self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks
+        self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks, final: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Loss]]:
-        """Asks for losses on one batch.
+        """Asks for losses on one batch; their averages are `final` if no other batch adds to them.
 
         Returns:
             The terms to differentiate here, each loss times this process's share of the samples;
@@ -293,6 +297,8 @@ class Evaluation:
         present = self.losses(names, batch)
         # Absent tasks are reported too: another process may have samples of them.
         means = ranks.agree({name: [present[name]] if name in present else [] for name in names})
+        if final and self.losses.check_finite == "skip":
+            means = self.report.finite(means)
         terms = {}
         for name, loss in present.items():
             if name in means:
@@ -302,11 +308,11 @@ class Evaluation:
         return terms, means
 
     def ask_recording(
-        self, names: Sequence[str], batch: tuple[object, ...], at: Features
+        self, names: Sequence[str], batch: tuple[object, ...], at: Features, final: bool
     ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
         """Asks on one of several micro-batches, and returns the modules' outputs too."""
         with at.recording() as calls:
-            terms, means = self.ask(names, batch, self.ranks.per_micro_batch)
+            terms, means = self.ask(names, batch, self.ranks.per_micro_batch, final)
         if terms:
             at.check(calls)
         outputs = [output for call in calls for output in call.outputs]
@@ -318,6 +324,16 @@ class Evaluation:
         """Returns the scaled sums of the terms of each part that has any."""
         own = {part: [terms[name] for name in part if name in terms] for part in parts}
         return {part: self.scale(sum_tensors(found)) for part, found in own.items() if found}
+
+    def _drop_lost(
+        self, rows: dict[Task, Gradients], others: dict[Task, Any], values: Values
+    ) -> None:
+        """Leaves out tasks whose gradient is not finite; under a scaler it may have overflowed."""
+        for task in [] if self.is_scaled else self.report.lost(rows):
+            del rows[task]
+            others.pop(task, None)
+            for name in names_of(task):
+                values.pop(name, None)
 
     # Passes.
 

@@ -106,11 +106,13 @@ class SummingRanks(Ranks):
         """Sums one gradient in flat buckets; None where no rank has a gradient."""
         # Which parameters a task's loss depends on can differ between batches, so the ranks first
         # agree on those that any of them has.
-        has = torch.tensor([g is not None for g in gradients], dtype=torch.int32)
-        has = has.to(self._device)
-        dist.all_reduce(has, group=self.group)
+        has = [[g is not None, g is not None and not _has_rows(g)] for g in gradients]
+        kinds = self.total(torch.tensor(has, dtype=torch.int32, device="cpu")).tolist()
         sums: Gradients = [None] * len(gradients)
-        for bucket in _buckets([i for i, count in enumerate(has.tolist()) if count], parameters):
+        # In the same order on every rank.
+        for i in [i for i, (given, dense) in enumerate(kinds) if given and not dense]:
+            sums[i] = self._sum_sparse(gradients[i], parameters[i])
+        for bucket in _buckets([i for i, (_, dense) in enumerate(kinds) if dense], parameters):
             parts = []
             for i in bucket:
                 gradient = gradients[i]
@@ -121,6 +123,27 @@ class SummingRanks(Ranks):
             for i, part in zip(bucket, flat.split([p.numel() for p in parts]), strict=True):
                 sums[i] = part.view_as(parameters[i])
         return sums
+
+    def _sum_sparse(self, gradient: Tensor | None, parameter: Tensor) -> Tensor:
+        """Sums a gradient that has rows on all ranks, an embedding's, by gathering these."""
+        if gradient is None:
+            values = parameter.new_zeros(0, *parameter.shape[1:])
+            indices = values.new_zeros(0, dtype=torch.long)
+        else:
+            gradient = gradient.coalesce()
+            values, indices = gradient.values(), gradient.indices()[0]
+        sizes = torch.zeros(dist.get_world_size(self.group), dtype=torch.long, device="cpu")
+        sizes[dist.get_rank(self.group)] = len(values)
+        counts = self.total(sizes).tolist()
+        places, rows = (self._gather(part, counts) for part in (indices, values))
+        return torch.sparse_coo_tensor(places[None], rows, parameter.shape).coalesce()
+
+    def _gather(self, own: Tensor, counts: list[int]) -> Tensor:
+        """Joins tensors of different lengths; padded, because all ranks must send as much."""
+        padded = torch.cat([own, own.new_zeros(max(counts) - len(own), *own.shape[1:])])
+        every = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(every, padded, self.group)
+        return torch.cat([part[:n] for part, n in zip(every, counts, strict=True)])
 
     def total(self, values: Tensor) -> Tensor:
         """Sums a small tensor over the ranks and returns it on the CPU."""
@@ -175,6 +198,10 @@ def broadcast_parameters(parameters: Sequence[Tensor], group: dist.ProcessGroup 
     with torch.no_grad():
         for parameter in parameters:
             dist.broadcast(parameter.detach(), source, group=group)
+
+
+def _has_rows(gradient: Tensor) -> bool:
+    return gradient.is_sparse and gradient.sparse_dim() == 1
 
 
 def _device_of(group: dist.ProcessGroup, device: torch.device) -> torch.device:

@@ -53,14 +53,16 @@ def accumulate(
     seen: dict[str, list[Loss]] = {name: [] for part in parts for name in part}
     sums = Sums({}, {}, {}, {})
     count, size = len(evaluation.batches), len(evaluation.parameters)
+    final = count == 1 and not evaluation.ranks.reduces
     first_terms: list[Tensor] = []
     for batch in evaluation.batches:
         for asked in parts if evaluation.is_separate else [tuple(seen)]:
             outputs: list[Tensor] = []
             if at is None:
-                terms, means = evaluation.ask(asked, batch, evaluation.ranks.per_micro_batch)
+                ranks = evaluation.ranks.per_micro_batch
+                terms, means = evaluation.ask(asked, batch, ranks, final)
             else:
-                terms, means, outputs = evaluation.ask_recording(asked, batch, at)
+                terms, means, outputs = evaluation.ask_recording(asked, batch, at, final)
             first_terms += terms.values() if batch is evaluation.batches[0] else ()
             for name, mean in means.items():
                 seen[name].append(mean)
@@ -78,7 +80,9 @@ def accumulate(
                 known = sums.gradients.get(part)
                 sums.gradients[part] = gradient if known is None else add(known, gradient)
     _report(evaluation, sums, seen, first_terms)
-    for name, mean in evaluation.ranks.per_step.agree(seen).items():
+    agreed = evaluation.ranks.per_step.agree(seen)
+    skips = evaluation.losses.check_finite == "skip"
+    for name, mean in (evaluation.report.finite(agreed) if skips else agreed).items():
         sums.values[name] = mean.value
         # A rank without samples of the task has no sum to correct.
         first = seen[name][0].samples if seen[name] else 0

@@ -67,7 +67,8 @@ class PCGrad(CombiningOptimizer):
         seed: Seed of the random orders; ``self.generator`` is saved in the state dict.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
+            as absent; both cost a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
         features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
             combined there, and one backward pass carries the result through the trunk.
@@ -122,7 +123,7 @@ class PCGrad(CombiningOptimizer):
             product. Empty before the first step.
         """
         if not self._seen:
-            return {}
+            return self._skipped()
         products, coefficients, present = self._seen[-1]
         index, count = torch.tensor(present), len(self.tasks)
         angles = torch.full((count, count), float("nan"), dtype=torch.float64)
@@ -133,6 +134,7 @@ class PCGrad(CombiningOptimizer):
             "cosines": angles,
             "coefficients": weights,
             "conflict_fraction": conflict_fraction(products),
+            **self._skipped(),
         }
 
     def _combine(self, rows: Rows) -> Gradients:
