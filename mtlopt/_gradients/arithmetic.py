@@ -265,7 +265,7 @@ def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     They are flattened in memory order where they share one; other devices get whole vectors.
     """
     if any(part.is_sparse for part in parts):
-        parts = [part.to_dense() for part in parts]
+        parts = _on_common_rows(parts)
     elif len({part.stride() for part in parts}) == 1:  # No copy for channels-last tensors.
         order = sorted(range(parts[0].dim()), key=parts[0].stride, reverse=True)
         parts = [part.permute(order) for part in parts]
@@ -273,6 +273,19 @@ def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     if parts[0].device.type == "cpu":
         size = max(BLOCK // len(parts) // CHUNK, 1) * CHUNK
     return zip(*(part.reshape(-1).split(size) for part in parts), strict=True)
+
+
+def _on_common_rows(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Returns sparse gradients as dense ones of the rows that any has; whole, if one is dense."""
+    if not all(part.is_sparse and part.sparse_dim() == 1 for part in parts):
+        return [part.to_dense() for part in parts]
+    parts = [part.coalesce() for part in parts]
+    indices = [part.indices()[0] for part in parts]
+    common, positions = torch.cat(indices).unique(return_inverse=True)
+    return [
+        part.values().new_zeros(len(common), *part.shape[1:]).index_copy_(0, own, part.values())
+        for part, own in zip(parts, positions.split([len(i) for i in indices]), strict=True)
+    ]
 
 
 # Shards (FSDP2, tensor parallelism).
