@@ -102,7 +102,10 @@ def gram(gradients: Sequence[Gradients], shared: bool = True) -> Tensor:
         if len(tasks) > (1 if shared else 0)
     ]
     # The user may allow rough products of float32 (TF32); that setting is shared by all threads.
-    exact = torch.get_float32_matmul_precision() == "highest"
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # Set for one backend: https://github.com/pytorch/pytorch/issues/179445.
+        exact = False
     total = _products(columns, len(gradients), torch.float32 if exact else torch.float64)
     squares = total.diagonal()
     within = squares.isfinite() & (squares >= SMALLEST_SQUARE)

@@ -1,7 +1,7 @@
 """Backward passes, and a ledger of what became of the gradients that they leave in `.grad`."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -122,7 +122,7 @@ def add_to_grads(parameters: Sequence[Tensor], gradient: Gradients) -> None:
 def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
     """Lists the leaves of the losses' graphs; None where a custom function may hide some."""
     found = []
-    for node in _nodes(losses):
+    for node in nodes_of(losses):
         if hasattr(node, "variable"):
             found.append(node.variable)
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -130,10 +130,9 @@ def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
     return found
 
 
-def share_a_graph(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
-    """Returns whether the graphs have a common node, whose buffers are needed twice."""
-    nodes = set(_nodes(first))
-    return any(node in nodes and not hasattr(node, "variable") for node in _nodes(second))
+def contain(nodes: Container[torch.autograd.graph.Node], losses: Iterable[Tensor]) -> bool:
+    """Returns whether a loss has some of the nodes in its graph, whose buffers it needs."""
+    return any(node in nodes and not hasattr(node, "variable") for node in nodes_of(losses))
 
 
 # Compiled graphs give zeros for parameters that a loss does not depend on; eager ones give None.
@@ -165,10 +164,11 @@ def has_compiled() -> bool:
 
 def is_compiled(*outputs: Tensor) -> bool:
     """Returns whether the graph of any of the tensors has a compiled part."""
-    return any("CompiledFunction" in node.name() for node in _nodes(outputs))
+    return any("CompiledFunction" in node.name() for node in nodes_of(outputs))
 
 
-def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+def nodes_of(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+    """Yields the nodes of the losses' graphs, each once."""
     todo, seen = [loss.grad_fn for loss in losses], set()
     while todo:  # Not recursive: graphs can be deeper than Python's stack.
         node = todo.pop()

@@ -7,20 +7,29 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import Gradients, Rows, add, is_sharded, scaled, to_numbers
+from mtlopt._gradients.arithmetic import (
+    Gradients,
+    Rows,
+    add,
+    is_sharded,
+    scaled,
+    tasks_by_parameter,
+    to_numbers,
+)
 from mtlopt._gradients.autograd import (
     add_to_grads,
     backward,
+    contain,
     differentiate,
     drop_zeros,
     grad_of,
     has_compiled,
     is_compiled,
+    nodes_of,
     pop_grads,
     set_grads,
-    share_a_graph,
 )
-from mtlopt._gradients.features import Features, backward_from, check_counts
+from mtlopt._gradients.features import Features, backward_from, check_before, check_counts
 from mtlopt._gradients.losses import (
     SINGLE_PROCESS,
     Loss,
@@ -246,13 +255,18 @@ class Evaluation:
             )
             at = [leaf for cut in cuts for leaf in cut.leaves]
             outputs = [output for cut in cuts for output in cut.outputs]
+            before = set(nodes_of(outputs))
+            check_before(before, [*self.parameters, *at])
             # Heads and trunk can share a part of the graph, such as a stem's skip connection.
-            keep = share_a_graph(losses.values(), outputs)
+            keep = contain(before, losses.values())
             compiled = has_compiled() and is_compiled(*losses.values(), *outputs)
             passes = differentiate(list(losses.values()), at, retain_graph=keep)
             found = dict(zip(losses, passes, strict=True))
-            if at and losses and all(g is None for row in found.values() for g in row):
-                self.report.mistakes.append(Mistake("uncut"))
+            if at and losses:
+                # By how many tasks each tensor is used.
+                used = max(map(len, tasks_by_parameter(list(found.values()))))
+                if used < min(len(losses), 2):
+                    self.report.mistakes.append(Mistake("unshared" if used else "uncut"))
             values = {name: mean.value for name, mean in means.items()}
             # Present on some rank, so present here: without a loss its row is zero.
             nothing: Gradients = [None] * len(at)

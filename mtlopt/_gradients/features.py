@@ -3,15 +3,28 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.nn.modules import module as global_hooks
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from mtlopt._gradients.arithmetic import Gradients, add
 from mtlopt._gradients.autograd import explain
 from mtlopt._gradients.losses import Loss
+
+OPAQUE = (nn.Module, type, FunctionType, MethodType, ModuleType)
+"""Objects in an output that are not searched for tensors."""
+DEPTH = 3
+"""How deep objects in an output are searched for tensors."""
+BEFORE = (
+    "`losses` must not differentiate with respect to what lies before `features`, where the graph "
+    "is cut: "
+)
 
 
 class Call(NamedTuple):
@@ -51,6 +64,8 @@ class Features:
             with self._hooked(_cut) as calls:
                 yield calls
         except RuntimeError as error:
+            if "to not have been used in the graph" in str(error):
+                raise RuntimeError(f"{BEFORE}remove `features`.") from error
             if "leaf Variable" in str(error):
                 raise RuntimeError(
                     "A head changes the output of `features` in place, which the trunk's backward "
@@ -64,11 +79,13 @@ class Features:
         thread = threading.get_ident()
 
         def own_thread(*arguments: Any) -> Any:
-            return hook(calls, *arguments) if threading.get_ident() == thread else None
+            own = threading.get_ident() == thread
+            return hook(calls, handles, *arguments) if own else None
 
         # The first of the module's hooks: one that stores the output must store the new leaf.
         handles = [
-            module.register_forward_hook(own_thread, prepend=True) for module in self.modules
+            module.register_forward_hook(own_thread, prepend=True, with_kwargs=True)
+            for module in self.modules
         ]
         try:
             yield calls
@@ -124,13 +141,43 @@ def check_counts(seen: Mapping[str, Sequence[Loss]], whole: bool, batches: int) 
             )
 
 
-def _record(calls: list[Call], module: nn.Module, arguments: Any, output: Any) -> None:
-    found = {id(z): z for z in tree_leaves(output) if isinstance(z, Tensor) and z.requires_grad}
+def check_before(nodes: Iterable[torch.autograd.graph.Node], known: Iterable[Tensor]) -> None:
+    """Refuses leaves before the cuts that are no parameters: losses can differentiate by them."""
+    own = set(map(id, known))
+    for node in nodes:
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+            raise ValueError(
+                f"{BEFORE}got a tensor of shape {tuple(leaf.shape)} there that requires a gradient "
+                "and is no parameter, such as coordinates: remove `features`, or detach it."
+            )
+
+
+def _record(calls: list[Call], handles: Any, module: nn.Module, *arguments: Any) -> None:
+    found = {id(z): z for z in tensors_in(arguments[-1]) if z.requires_grad}
     calls.append(Call(module, list(found.values()), []))
 
 
-def _cut(calls: list[Call], module: nn.Module, arguments: Any, output: Any) -> Any:
+def _cut(
+    calls: list[Call],
+    handles: list[RemovableHandle],
+    module: nn.Module,
+    arguments: Any,
+    keywords: Any,
+    output: Any,
+) -> Any:
     """Returns the output with its tensors replaced by leaves."""
+    if (
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    ):
+        raise ValueError(
+            f"`features` must have no backward hooks, which would see each task's gradient and not "
+            f"the combined one, got some on {type(module).__name__}: register them on the modules "
+            "inside it."
+        )
     leaves: dict[int, tuple[Tensor, Tensor]] = {}
 
     def replace(tensor: Tensor) -> Tensor:
@@ -140,7 +187,57 @@ def _cut(calls: list[Call], module: nn.Module, arguments: Any, output: Any) -> A
         leaf = tensor.detach().requires_grad_()
         return leaves.setdefault(id(tensor), (tensor, leaf))[1]
 
-    changed = tree_map_only(Tensor, replace, output)
+    def refuse(gradient: Tensor) -> None:
+        raise ValueError(f"{BEFORE}remove `features`.")
+
+    changed = _replaced(output, replace)
     outputs = [tensor for tensor, _ in leaves.values()]
     calls.append(Call(module, outputs, [leaf for _, leaf in leaves.values()]))
+    # While `losses` runs, nothing has a reason to send a gradient to the module's arguments.
+    passed = [z for z in tensors_in((arguments, keywords)) if z.requires_grad and not z.is_leaf]
+    handles += [tensor.register_hook(refuse) for tensor in passed]
     return changed
+
+
+def tensors_in(value: Any, depth: int = DEPTH) -> Iterator[Tensor]:
+    """Yields the tensors in nested containers, also in objects that torch does not know as such."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth:
+            yield from tensors_in([part for _, part in _parts(leaf)], depth - 1)
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    """Lists the names, keys or indices of what an object holds."""
+    if isinstance(value, OPAQUE):
+        return []
+    if isinstance(value, dict):  # A subclass, as below, is a leaf for torch.
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    slots = {n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ())}
+    named = {n: getattr(value, n) for n in slots - {"__dict__"} if hasattr(value, n)}
+    return list((named | getattr(value, "__dict__", {})).items())
+
+
+def _replaced(value: Any, replace: Callable[[Tensor], Tensor], depth: int = DEPTH) -> Any:
+    """Returns nested containers with their tensors replaced, in copies of the objects."""
+
+    def changed(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return replace(leaf)
+        if not any(tensor.requires_grad for tensor in tensors_in(leaf, depth)):
+            return leaf
+        parts = {name: _replaced(part, replace, depth - 1) for name, part in _parts(leaf)}
+        if isinstance(leaf, tuple):
+            return tuple.__new__(type(leaf), parts.values())
+        duplicate = copy(leaf)
+        for name, part in parts.items():
+            if isinstance(leaf, (dict, list)):
+                duplicate[name] = part
+            else:
+                object.__setattr__(duplicate, name, part)  # It may be frozen.
+        return duplicate
+
+    return tree_map(changed, value)

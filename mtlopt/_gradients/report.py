@@ -8,7 +8,7 @@ from torch import Tensor
 from mtlopt._gradients.arithmetic import is_sharded
 from mtlopt._gradients.autograd import leaves
 
-Kind: TypeAlias = Literal["unreached", "others", "uncut"]
+Kind: TypeAlias = Literal["unreached", "others", "uncut", "unshared"]
 
 
 class Mistake(NamedTuple):
