@@ -1,7 +1,7 @@
 """Backward passes, and a ledger of what became of the gradients that they leave in `.grad`."""
 
 import sys
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -128,11 +128,6 @@ def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             return None  # Such as a reentrant checkpoint, which hides the parameters inside.
     return found
-
-
-def contain(nodes: Container[torch.autograd.graph.Node], losses: Iterable[Tensor]) -> bool:
-    """Returns whether a loss has some of the nodes in its graph, whose buffers it needs."""
-    return any(node in nodes and not hasattr(node, "variable") for node in nodes_of(losses))
 
 
 # Compiled graphs give zeros for parameters that a loss does not depend on; eager ones give None.

@@ -19,17 +19,15 @@ from mtlopt._gradients.arithmetic import (
 from mtlopt._gradients.autograd import (
     add_to_grads,
     backward,
-    contain,
     differentiate,
     drop_zeros,
     grad_of,
     has_compiled,
     is_compiled,
-    nodes_of,
     pop_grads,
     set_grads,
 )
-from mtlopt._gradients.features import Features, backward_from, check_before, check_counts
+from mtlopt._gradients.features import Features, backward_from, check_counts, share_a_graph
 from mtlopt._gradients.losses import (
     SINGLE_PROCESS,
     Loss,
@@ -255,10 +253,8 @@ class Evaluation:
             )
             at = [leaf for cut in cuts for leaf in cut.leaves]
             outputs = [output for cut in cuts for output in cut.outputs]
-            before = set(nodes_of(outputs))
-            check_before(before, [*self.parameters, *at])
             # Heads and trunk can share a part of the graph, such as a stem's skip connection.
-            keep = contain(before, losses.values())
+            keep = share_a_graph(losses.values(), outputs, [*self.parameters, *at])
             compiled = has_compiled() and is_compiled(*losses.values(), *outputs)
             passes = differentiate(list(losses.values()), at, retain_graph=keep)
             found = dict(zip(losses, passes, strict=True))

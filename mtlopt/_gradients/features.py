@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from mtlopt._gradients.arithmetic import Gradients, add
-from mtlopt._gradients.autograd import explain
+from mtlopt._gradients.autograd import explain, nodes_of
 from mtlopt._gradients.losses import Loss
 
 OPAQUE = (nn.Module, type, FunctionType, MethodType, ModuleType)
@@ -141,16 +142,23 @@ def check_counts(seen: Mapping[str, Sequence[Loss]], whole: bool, batches: int) 
             )
 
 
-def check_before(nodes: Iterable[torch.autograd.graph.Node], known: Iterable[Tensor]) -> None:
-    """Refuses leaves before the cuts that are no parameters: losses can differentiate by them."""
+def share_a_graph(
+    losses: Iterable[Tensor], outputs: Iterable[Tensor], known: Iterable[Tensor]
+) -> bool:
+    """Returns whether the losses use what lies before the outputs, by a path past the cuts.
+
+    Refuses leaves there that are not known and no parameters: losses can differentiate by them.
+    """
     own = set(map(id, known))
-    for node in nodes:
+    before = set(nodes_of(outputs))
+    for node in before:
         leaf = getattr(node, "variable", None)
         if leaf is not None and not isinstance(leaf, nn.Parameter) and id(leaf) not in own:
             raise ValueError(
                 f"{BEFORE}got a tensor of shape {tuple(leaf.shape)} there that requires a gradient "
                 "and is no parameter, such as coordinates: remove `features`, or detach it."
             )
+    return any(node in before and not hasattr(node, "variable") for node in nodes_of(losses))
 
 
 def _record(calls: list[Call], handles: Any, module: nn.Module, *arguments: Any) -> None:
@@ -190,12 +198,13 @@ def _cut(
     def refuse(gradient: Tensor) -> None:
         raise ValueError(f"{BEFORE}remove `features`.")
 
-    changed = _replaced(output, replace)
+    changed = tree_map(partial(_replaced, replace, DEPTH), output)
     outputs = [tensor for tensor, _ in leaves.values()]
     calls.append(Call(module, outputs, [leaf for _, leaf in leaves.values()]))
     # While `losses` runs, nothing has a reason to send a gradient to the module's arguments.
-    passed = [z for z in tensors_in((arguments, keywords)) if z.requires_grad and not z.is_leaf]
-    handles += [tensor.register_hook(refuse) for tensor in passed]
+    for given in tree_leaves((arguments, keywords)):
+        if isinstance(given, Tensor) and given.requires_grad and not given.is_leaf:
+            handles.append(given.register_hook(refuse))
     return changed
 
 
@@ -221,23 +230,20 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
     return list((named | getattr(value, "__dict__", {})).items())
 
 
-def _replaced(value: Any, replace: Callable[[Tensor], Tensor], depth: int = DEPTH) -> Any:
-    """Returns nested containers with their tensors replaced, in copies of the objects."""
-
-    def changed(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return replace(leaf)
-        if not any(tensor.requires_grad for tensor in tensors_in(leaf, depth)):
-            return leaf
-        parts = {name: _replaced(part, replace, depth - 1) for name, part in _parts(leaf)}
-        if isinstance(leaf, tuple):
-            return tuple.__new__(type(leaf), parts.values())
-        duplicate = copy(leaf)
-        for name, part in parts.items():
-            if isinstance(leaf, (dict, list)):
-                duplicate[name] = part
-            else:
-                object.__setattr__(duplicate, name, part)  # It may be frozen.
-        return duplicate
-
-    return tree_map(changed, value)
+def _replaced(replace: Callable[[Tensor], Tensor], depth: int, leaf: Any) -> Any:
+    """Returns a leaf of a nested container, a copy if it holds tensors that are replaced."""
+    if isinstance(leaf, Tensor):
+        return replace(leaf)
+    if not any(tensor.requires_grad for tensor in tensors_in(leaf, depth)):
+        return leaf
+    inner = partial(_replaced, replace, depth - 1)
+    parts = {name: tree_map(inner, part) for name, part in _parts(leaf)}
+    if isinstance(leaf, tuple):
+        return tuple.__new__(type(leaf), parts.values())
+    duplicate = copy(leaf)
+    for name, part in parts.items():
+        if isinstance(leaf, (dict, list)):
+            duplicate[name] = part
+        else:
+            object.__setattr__(duplicate, name, part)  # It may be frozen.
+    return duplicate
