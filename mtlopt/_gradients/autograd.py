@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mtlopt._gradients.arithmetic import Gradients, add, local, norm
 
+SECOND_PASS_OF_DDP = ("marked ready only once", "marked as ready twice", "still allreduced by DDP")
+"""What torch says of a second backward pass, unless it fails to reduce it in silence."""
+
 
 def backward(
     loss: Tensor,
@@ -82,11 +85,12 @@ def explain(error: RuntimeError) -> None:
             "use ready losses for one step only, with `backward(losses, retain_graph=True)` where "
             "another optimizer needs their graph; detach what you carry over from an earlier batch."
         ) from error
-    if "marked ready only once" in str(error) or "marked as ready twice" in str(error):
+    if any(sign in str(error) for sign in SECOND_PASS_OF_DDP):
+        # https://github.com/pytorch/pytorch/issues/47260
         raise RuntimeError(
             "A model wrapped in DistributedDataParallel allows one backward pass per forward pass. "
             "A method that combines the tasks' gradients takes several: give it the bare model, "
-            "and `process_group=`."
+            "and `process_group=`, or choose `forwards='per-task'`."
         ) from error
     if "donated" in str(error):
         raise RuntimeError(

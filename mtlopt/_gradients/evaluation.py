@@ -235,6 +235,12 @@ class Evaluation:
                 "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
                 "needs whole backward passes."
             )
+        if self.ranks.wrapped:
+            raise ValueError(
+                "`features` must be None where the model is wrapped in DistributedDataParallel, "
+                "which averages the gradients that each rank has combined: give the bare model, "
+                "and `process_group=`."
+            )
         seen: dict[str, list[Loss]] = {}
         count = len(self.batches)
         self.ranks.check_batches(count)
