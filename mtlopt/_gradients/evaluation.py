@@ -247,8 +247,7 @@ class Evaluation:
         for position, batch in enumerate(self.batches):
             with features.cutting() as cuts:
                 terms, means = self.ask(self.names, batch, self.ranks)
-            if terms:  # A batch without labels need not call the trunk.
-                features.check(cuts)
+            features.check(cuts, self.ranks, bool(terms))
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
             check_counts(seen, position == count - 1, count)
@@ -323,8 +322,7 @@ class Evaluation:
         """Asks for losses, and returns the modules' outputs too."""
         with at.recording() as calls:
             terms, means = self.ask(names, batch, ranks)
-        if terms:
-            at.check(calls)
+        at.check(calls, ranks, bool(terms))
         return terms, means, [output for call in calls for output in call.outputs]
 
     def join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mtlopt._gradients.arithmetic import Gradients, add
 from mtlopt._gradients.autograd import explain, nodes_of
-from mtlopt._gradients.losses import Loss
+from mtlopt._gradients.losses import Loss, Ranks
 
 OPAQUE = (nn.Module, type, FunctionType, MethodType, ModuleType)
 """Objects in an output that are not searched for tensors."""
@@ -51,6 +51,7 @@ class Features:
                 f"{[type(module).__name__ for module in given]}."
             )
         self.modules = given
+        self._compared = False
 
     @contextmanager
     def recording(self) -> Iterator[list[Call]]:
@@ -94,8 +95,31 @@ class Features:
             for handle in handles:
                 handle.remove()
 
-    def check(self, calls: Sequence[Call]) -> None:
-        """Refuses trainable modules that were not called, or had no output with a gradient."""
+    def check(self, calls: Sequence[Call], ranks: Ranks, needed: bool) -> None:
+        """Refuses trainable modules that were not called, or had no output with a gradient.
+
+        Once it also refuses outputs that are the same on all ranks, whose gradients would have to
+        be summed before they are multiplied.
+
+        Args:
+            calls: What was recorded.
+            ranks: The processes, all of which call this.
+            needed: Whether this process has losses; without labels it need not call the modules.
+        """
+        outputs = [z for call in calls for z in call.outputs]
+        if ranks.reduces and not self._compared:
+            copies = ranks.find_copies(outputs)
+            self._compared = copies is not None
+            if copies and any(copies):
+                position = copies.index(True)
+                shapes = [tuple(z.shape) for z in outputs[position : position + 1]]
+                raise ValueError(
+                    "`features` must have a sample dimension where there is a `process_group`, got "
+                    f"output {position} {shapes} with the same numbers on all ranks: choose "
+                    "modules without it, remove `features`, or give each rank its own samples."
+                )
+        if not needed:
+            return
         missed = [
             module
             for module in self.modules

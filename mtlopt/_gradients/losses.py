@@ -272,6 +272,10 @@ class Ranks:
         """Sums a small tensor over the processes and returns it on the CPU."""
         return values
 
+    def find_copies(self, tensors: Sequence[Tensor]) -> list[bool] | None:
+        """Tells which tensors hold the same numbers on all processes, None where it is unknown."""
+        return None
+
     def check_batches(self, count: int) -> None:
         """Checks that all processes have the same number of micro-batches."""
 

@@ -23,6 +23,8 @@ BUCKET_BYTES = 25 * 2**20
 """Size of a reduction bucket, as in DistributedDataParallel."""
 SILENT = 2**20
 """Stands for a rank that brought no loss at all, in a sum over ranks that lack a task."""
+COMPARED = 32
+"""How many feature tensors are compared between ranks."""
 _WRAPPERS = WeakIdKeyDictionary()
 """For the first parameter of an optimizer the group over which DDP averages, or None."""
 
@@ -129,6 +131,30 @@ class SummingRanks(Ranks):
         values = values.to(self._device)
         dist.all_reduce(values, group=self.group)
         return values.cpu()
+
+    def find_copies(self, tensors: Sequence[Tensor]) -> list[bool] | None:
+        """Tells by position which tensors hold the same numbers on all ranks that have any.
+
+        Only the first ones are compared, by their sums. A tensor whose rows are all alike is none:
+        of samples it may say so too.
+
+        Returns:
+            None if fewer than two ranks have tensors.
+        """
+        figures = torch.full((2, COMPARED, 4), -math.inf, dtype=torch.float64)
+        for i, tensor in enumerate(tensors[:COMPARED]):
+            numbers = tensor.detach().cpu().double()
+            unlike = numbers.dim() > 0 and bool((numbers != numbers[:1]).any())
+            own = dist.get_rank(self.group)
+            found = [numbers.numel() if unlike else own, numbers.sum(), numbers.norm(), own]
+            figures[0, i] = torch.tensor(found, dtype=torch.float64)
+            figures[1, i] = -figures[0, i]
+        figures = figures.to(self._device)
+        dist.all_reduce(figures, dist.ReduceOp.MAX, group=self.group)
+        largest, smallest = figures[0].cpu(), -figures[1].cpu()
+        several = largest[:, 3] > smallest[:, 3]
+        copies = several & (largest == smallest)[:, :3].all(1)
+        return copies.tolist() if several.any() else None
 
     def check_batches(self, count: int) -> None:
         """Refuses different numbers of micro-batches, which would leave ranks waiting."""
