@@ -235,12 +235,6 @@ class Evaluation:
                 "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
                 "needs whole backward passes."
             )
-        if self.ranks.wrapped:
-            raise ValueError(
-                "`features` must be None where the model is wrapped in DistributedDataParallel, "
-                "which averages the gradients that each rank has combined: give the bare model, "
-                "and `process_group=`."
-            )
         seen: dict[str, list[Loss]] = {}
         count = len(self.batches)
         self.ranks.check_batches(count)
@@ -305,7 +299,15 @@ class Evaluation:
             What to differentiate here, each loss times this process's share of the samples; and
             the averages of the present losses over all processes, without a graph.
         """
-        present = self.losses(names, batch)
+        if self.forwards == "per-task" or len(self.batches) > 1:
+            # `losses` may clear the gradients, to which an earlier call has contributed.
+            earlier = pop_grads(self.parameters)
+            try:
+                present = self.losses(names, batch)
+            finally:
+                add_to_grads(self.parameters, earlier)
+        else:
+            present = self.losses(names, batch)
         # Absent tasks are reported too: another process may have samples of them.
         means = ranks.agree({name: [present[name]] if name in present else [] for name in names})
         terms = {}

@@ -82,6 +82,14 @@ class ReducingRanks(Ranks):
         """
         return own * dist.get_world_size(self.group) / total
 
+    def check_batches(self, count: int) -> None:
+        """Refuses `features`: what each rank has combined must not be averaged by the wrapper."""
+        raise ValueError(
+            "`features` must be None where the model is wrapped in DistributedDataParallel, which "
+            "averages the gradients that each rank has combined: give the bare model, and "
+            "`process_group=`."
+        )
+
     def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
         """Checks that the gradients are the same on all ranks, unless they are shards."""
         _compare(gradients, self.group, of, remedy)
