@@ -408,6 +408,26 @@ def test_an_absent_tasks_parameter_and_moments_stay_to_the_bit(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["DWA", "FAMO", "Constant", "STCH"])
+@pytest.mark.parametrize("name", ["UW", "DWA", "FAMO"])
+def test_a_load_that_fails_late_changes_nothing(name: str) -> None:
+    """The rule's parameters and state are loaded in place, before the generator fails."""
+    model = Network()
+    optimizer = make(model, make_rule(name))
+    train(optimizer, model, batches(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    other = Network()
+    trained = make(other, make_rule(name))
+    train(trained, other, batches(5))
+    state = copy.deepcopy(trained.state_dict())
+    state["mtlopt"]["generator"] = torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert repr(after["mtlopt"]) == repr(before["mtlopt"]) != repr(trained.state_dict()["mtlopt"])
+    assert repr(after["state"]) == repr(before["state"])
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, "Constant", "STCH"])
 def test_what_knows_the_tasks_by_their_places_refuses_to_miss_one(name: str) -> None:
     model = Network()
     optimizer = make(model, make_rule(name))

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -41,7 +40,7 @@ def load(optimizer: "MultiTaskOptimizer", state_dict: dict[str, Any]) -> None:
         changed = before(optimizer, state_dict)
         state_dict = state_dict if changed is None else changed
     updater = optimizer._updater
-    with _undone_on_failure((optimizer, updater, *updater.inner), optimizer.generator):
+    with _undone_on_failure(optimizer):
         _check_state(optimizer, state_dict)
         updater.load_state_dict(state_dict)
         if (saved := state_dict.get("mtlopt")) is not None:
@@ -121,20 +120,22 @@ def _as_lists(value: Any) -> Any:
 
 
 @contextmanager
-def _undone_on_failure(
-    owners: Iterable[object], generator: torch.Generator | None
-) -> Iterator[None]:
-    """Restores the owners' attributes if loading a state fails."""
+def _undone_on_failure(optimizer: "MultiTaskOptimizer") -> Iterator[None]:
+    """Restores everything if loading a state fails."""
+    owners = (optimizer, optimizer._updater, *optimizer._updater.inner)
     earlier = [(owner, dict(vars(owner))) for owner in owners]
-    drawn = None if generator is None else generator.get_state()
+    # Copies, because a rule's parameters, and generators, are loaded in place.
+    own = deepcopy(optimizer._own_state())
+    drawn = None if optimizer.generator is None else optimizer.generator.get_state()
     try:
         yield
     except BaseException as error:
+        optimizer._load_own_state(own)
         for owner, attributes in earlier:
             vars(owner).clear()
             vars(owner).update(attributes)
-        if generator is not None and drawn is not None:
-            generator.set_state(drawn)
+        if optimizer.generator is not None and drawn is not None:
+            optimizer.generator.set_state(drawn)
         if isinstance(error, (AttributeError, IndexError, KeyError, TypeError)):
             raise ValueError(f"`state_dict` must be complete, got one with {error!r}.") from error
         raise

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mtlopt._gradients.arithmetic import Gradients, add, is_sharded, local, norm
 
+SECOND_PASS_OF_DDP = ("marked ready only once", "marked as ready twice", "still allreduced by DDP")
+"""What torch says of a second backward pass, unless it fails to reduce it in silence."""
+
 
 def backward(
     loss: Tensor,
@@ -82,11 +85,12 @@ def explain(error: RuntimeError) -> None:
             "use ready losses for one step only, with `backward(losses, retain_graph=True)` where "
             "another optimizer needs their graph; detach what you carry over from an earlier batch."
         ) from error
-    if "marked ready only once" in str(error) or "marked as ready twice" in str(error):
+    if any(sign in str(error) for sign in SECOND_PASS_OF_DDP):
+        # https://github.com/pytorch/pytorch/issues/47260
         raise RuntimeError(
             "A model wrapped in DistributedDataParallel allows one backward pass per forward pass. "
             "A method that combines the tasks' gradients takes several: give it the bare model, "
-            "and `process_group=`."
+            "and `process_group=`, or choose `forwards='per-task'`."
         ) from error
     if "donated" in str(error):
         raise RuntimeError(
@@ -122,18 +126,12 @@ def add_to_grads(parameters: Sequence[Tensor], gradient: Gradients) -> None:
 def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
     """Lists the leaves of the losses' graphs; None where a custom function may hide some."""
     found = []
-    for node in _nodes(losses):
+    for node in nodes_of(losses):
         if hasattr(node, "variable"):
             found.append(node.variable)
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             return None  # Such as a reentrant checkpoint, which hides the parameters inside.
     return found
-
-
-def share_a_graph(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
-    """Returns whether the graphs have a common node, whose buffers are needed twice."""
-    nodes = set(_nodes(first))
-    return any(node in nodes and not hasattr(node, "variable") for node in _nodes(second))
 
 
 # Compiled graphs give zeros for parameters that a loss does not depend on; eager ones give None.
@@ -165,10 +163,11 @@ def has_compiled() -> bool:
 
 def is_compiled(*outputs: Tensor) -> bool:
     """Returns whether the graph of any of the tensors has a compiled part."""
-    return any("CompiledFunction" in node.name() for node in _nodes(outputs))
+    return any("CompiledFunction" in node.name() for node in nodes_of(outputs))
 
 
-def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+def nodes_of(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+    """Yields the nodes of the losses' graphs, each once."""
     todo, seen = [loss.grad_fn for loss in losses], set()
     while todo:  # Not recursive: graphs can be deeper than Python's stack.
         node = todo.pop()

@@ -8,7 +8,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import Gradients, Rows, add, is_sharded, scaled, to_numbers
+from mtlopt._gradients.arithmetic import (
+    Gradients,
+    Rows,
+    add,
+    is_sharded,
+    scaled,
+    tasks_by_parameter,
+    to_numbers,
+)
 from mtlopt._gradients.autograd import (
     add_to_grads,
     backward,
@@ -19,9 +27,8 @@ from mtlopt._gradients.autograd import (
     is_compiled,
     pop_grads,
     set_grads,
-    share_a_graph,
 )
-from mtlopt._gradients.features import Features, backward_from, check_counts
+from mtlopt._gradients.features import Features, backward_from, check_counts, share_a_graph
 from mtlopt._gradients.losses import (
     SINGLE_PROCESS,
     Loss,
@@ -185,8 +192,8 @@ class Evaluation:
         recording: Any = nullcontext([]) if modules is None else modules.recording()
         with recording as calls:
             terms, means = self.ask(self.names, self.batches[0], self.ranks)
-        if terms and modules is not None:
-            modules.check(calls)
+        if modules is not None:
+            modules.check(calls, self.ranks, bool(terms))
         outputs = [output for call in calls for output in call.outputs]
         tensors = outputs if isinstance(at, Features) else list(at)
         # Rows at features are of this process's samples, those at parameters are summed here.
@@ -240,8 +247,7 @@ class Evaluation:
         for position, batch in enumerate(self.batches):
             with features.cutting() as cuts:
                 terms, means = self.ask(self.names, batch, self.ranks)
-            if terms:  # A batch without labels need not call the trunk.
-                features.check(cuts)
+            features.check(cuts, self.ranks, bool(terms))
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
             check_counts(seen, position == count - 1, count)
@@ -251,12 +257,15 @@ class Evaluation:
             at = [leaf for cut in cuts for leaf in cut.leaves]
             outputs = [output for cut in cuts for output in cut.outputs]
             # Heads and trunk can share a part of the graph, such as a stem's skip connection.
-            keep = share_a_graph(losses.values(), outputs)
+            keep = share_a_graph(losses.values(), outputs, [*self.parameters, *at])
             compiled = has_compiled() and is_compiled(*losses.values(), *outputs)
             passes = differentiate(list(losses.values()), at, retain_graph=keep)
             found = dict(zip(losses, passes, strict=True))
-            if at and losses and all(g is None for row in found.values() for g in row):
-                self.report.mistakes.append(Mistake("uncut"))
+            if at and losses:
+                # By how many tasks each tensor is used.
+                used = max(map(len, tasks_by_parameter(list(found.values()))))
+                if used < min(len(losses), 2):
+                    self.report.mistakes.append(Mistake("unshared" if used else "uncut"))
             values = {name: mean.value for name, mean in means.items()}
             # Present on some rank, so present here: without a loss its row is zero.
             nothing: Gradients = [None] * len(at)
@@ -294,7 +303,15 @@ class Evaluation:
             The terms to differentiate here, each loss times this process's share of the samples;
             and the averages of the present losses over all processes, without a graph.
         """
-        present = self.losses(names, batch)
+        if self.forwards == "per-task" or len(self.batches) > 1:
+            # `losses` may clear the gradients, to which an earlier call has contributed.
+            earlier = pop_grads(self.parameters)
+            try:
+                present = self.losses(names, batch)
+            finally:
+                add_to_grads(self.parameters, earlier)
+        else:
+            present = self.losses(names, batch)
         # Absent tasks are reported too: another process may have samples of them.
         means = ranks.agree({name: [present[name]] if name in present else [] for name in names})
         if final and self.losses.check_finite == "skip":
@@ -313,8 +330,7 @@ class Evaluation:
         """Asks on one of several micro-batches, and returns the modules' outputs too."""
         with at.recording() as calls:
             terms, means = self.ask(names, batch, self.ranks.per_micro_batch, final)
-        if terms:
-            at.check(calls)
+        at.check(calls, self.ranks, bool(terms))
         outputs = [output for call in calls for output in call.outputs]
         for output in outputs:
             output.retain_grad()  # A pass leaves a gradient here, as with the parameters.

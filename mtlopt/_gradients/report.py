@@ -10,7 +10,7 @@ from mtlopt._gradients.arithmetic import Gradients, is_finite, is_sharded, to_nu
 from mtlopt._gradients.autograd import leaves
 from mtlopt._gradients.losses import Loss, Task, names_of
 
-Kind: TypeAlias = Literal["unreached", "others", "uncut"]
+Kind: TypeAlias = Literal["unreached", "others", "uncut", "unshared"]
 
 
 class Mistake(NamedTuple):
