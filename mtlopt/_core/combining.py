@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.closures import make_closure
-from mtlopt._core.optimizer import MultiTaskOptimizer, Options
+from mtlopt._core.optimizer import MultiTaskOptimizer
+from mtlopt._core.options import Options
 from mtlopt._core.single import Single
 from mtlopt._gradients.arithmetic import Gradients, Rows, local
 from mtlopt._gradients.autograd import add_to_grads

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakMethod
 
 import torch
@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtlopt._core.closures import needs_closure
+from mtlopt._core.options import Options
 from mtlopt._core.state import extras, lasting, load, save
 from mtlopt._core.warnings import EMPTY_STEPS, Warnings
 from mtlopt._gradients.autograd import Ledger
 from mtlopt._gradients.evaluation import Evaluation, Forwards, unscaled
 from mtlopt._gradients.losses import (
     SINGLE_PROCESS,
-    CheckFinite,
     LossesFunction,
     LossEvaluator,
     Ranks,
@@ -38,14 +38,6 @@ from mtlopt._gradients.report import Report
 if TYPE_CHECKING:
     from mtlopt._core.panel import Panel
     from mtlopt._core.single import Single
-
-
-class Options(NamedTuple):
-    """The options of every method."""
-
-    scaler: torch.amp.GradScaler | None = None
-    check_finite: CheckFinite = False
-    process_group: dist.ProcessGroup | None = None
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -103,23 +95,9 @@ class MultiTaskOptimizer(Optimizer):
         # Whether the method expects a model in DDP, which reduces every backward pass.
         self._model_is_wrapped = False
         self._tasks = check_tasks(tasks)
+        self._needs_closure = needs_closure(updater.inner[0])
+        options.check(updater.inner[0], self._needs_closure)
         self.scaler, self.check_finite, self.process_group = options
-        if self.check_finite not in (False, True, "skip"):
-            raise ValueError(
-                f"`check_finite` must be False, True or 'skip', got {self.check_finite!r}."
-            )
-        if self.scaler is not None and not isinstance(self.scaler, torch.amp.GradScaler):
-            raise TypeError(
-                f"`scaler` must be a torch.amp.GradScaler, got {self.scaler!r}: "
-                "scaler=torch.amp.GradScaler()."
-            )
-        first = updater.inner[0]
-        self._needs_closure = needs_closure(first)
-        if self._needs_closure and (self.scaler is not None or self.process_group is not None):
-            raise ValueError(
-                "`scaler` and `process_group` must be None for a class that needs a closure, "
-                f"got {type(first).__name__}."
-            )
         # Creates torch's tables of hooks. `__init__` would check and hold parameter groups.
         Optimizer.__setstate__(self, {})
         # Changed in place, never replaced: Lightning's wrapper shares an optimizer's attributes.

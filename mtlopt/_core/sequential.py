@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._core.closures import make_closure
-from mtlopt._core.optimizer import MultiTaskOptimizer, Options
+from mtlopt._core.optimizer import MultiTaskOptimizer
+from mtlopt._core.options import Options
 from mtlopt._core.updates import Updates
 from mtlopt._gradients.arithmetic import norm
 from mtlopt._gradients.autograd import set_grads

@@ -81,6 +81,13 @@ def to_numbers(tensors: Sequence[Tensor]) -> list[float]:
     return numbers
 
 
+def to_floats(weights: Mapping[Any, float | Tensor]) -> dict[Any, float]:
+    """Copies weights to the host, all at once."""
+    tensors = [weight for weight in weights.values() if isinstance(weight, Tensor)]
+    numbers = iter(to_numbers(tensors) if tensors else ())
+    return {k: next(numbers) if isinstance(w, Tensor) else w for k, w in weights.items()}
+
+
 def tasks_by_parameter(gradients: Sequence[Gradients]) -> list[tuple[int, ...]]:
     """Lists for each of the P parameters which of the T tasks have a gradient for it."""
     return [

@@ -12,10 +12,9 @@ from mtlopt._gradients.arithmetic import (
     Gradients,
     Rows,
     add,
-    is_sharded,
     scaled,
     tasks_by_parameter,
-    to_numbers,
+    to_floats,
 )
 from mtlopt._gradients.autograd import (
     add_to_grads,
@@ -28,7 +27,13 @@ from mtlopt._gradients.autograd import (
     pop_grads,
     set_grads,
 )
-from mtlopt._gradients.features import Features, backward_from, check_counts, share_a_graph
+from mtlopt._gradients.features import (
+    Features,
+    backward_from,
+    check_counts,
+    refuse_shards,
+    share_a_graph,
+)
 from mtlopt._gradients.losses import (
     SINGLE_PROCESS,
     Loss,
@@ -64,7 +69,6 @@ class Evaluation:
     parameters: Sequence[Tensor]
     """P leaf tensors."""
     ranks: Ranks
-    """Processes to average over."""
     report: Report
     forwards: Forwards = "joint"
     prescaled: bool = False
@@ -82,7 +86,7 @@ class Evaluation:
 
     @property
     def is_scaled(self) -> bool:
-        """Returns whether the gradients may be scaled, so that a scaler handles overflows."""
+        """Returns whether a scaler may handle overflows."""
         return self.prescaled or self.scale is not unscaled
 
     @property
@@ -91,7 +95,7 @@ class Evaluation:
         return self.forwards != "joint" and not isinstance(self.losses.losses, Mapping)
 
     def clear_grads(self) -> None:
-        """Sets `.grad` to None, without the profiler scope of `zero_grad`, which is slow."""
+        """Sets `.grad` to None, without `zero_grad`'s profiler scope, which is slow."""
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -174,9 +178,8 @@ class Evaluation:
     ) -> Values:
         """Adds the weighted sum's gradient, and shows each task's gradient at some tensors.
 
-        With one batch each task takes a pass down to these tensors alone, before the one backward
-        pass of the sum. Otherwise each task takes a whole one: the weights depend on all
-        micro-batches, whose graphs are used up by then.
+        With one batch each task takes a pass down to these tensors alone, before the backward pass
+        of the sum. Otherwise it takes a whole one: the weights depend on all micro-batches.
 
         Args:
             at: Parameters, or modules whose outputs are meant.
@@ -227,10 +230,10 @@ class Evaluation:
     ) -> Values:
         """Adds a gradient that is combined at features, and takes one pass through the trunk.
 
-        T passes lead from the losses to the features; in them the parameters behind the features
-        get their plain gradient. The pass through the trunk is linear, so the trunk's gradient is
-        the sum of the tasks' with the coefficients chosen at the features. Micro-batches are
-        combined one by one: to combine them together would keep all their graphs.
+        T passes lead from the losses to the features, and give the parameters behind them their
+        plain gradient. The pass through the trunk is linear, so the trunk's gradient is the sum of
+        the tasks' with the coefficients chosen at the features. Micro-batches are combined one by
+        one: to combine them together would keep all their graphs.
 
         Args:
             features: Where to cut the graph.
@@ -281,16 +284,6 @@ class Evaluation:
             own = pop_grads(self.parameters)
             set_grads(self.parameters, self.ranks.sum(own, self.parameters))
         return {name: mean.value for name, mean in SINGLE_PROCESS.agree(seen).items()}
-
-    def averages(self) -> Values:
-        """Asks for all losses and returns their averages, without gradients."""
-        seen: dict[str, list[Loss]] = {name: [] for name in self.names}
-        for batch in self.batches:
-            for asked in [(name,) for name in self.names] if self.is_separate else [self.names]:
-                _, means = self.ask(asked, batch, self.ranks.per_micro_batch, False)
-                for name, mean in means.items():
-                    seen[name].append(mean)
-        return {name: mean.value for name, mean in self.ranks.per_step.agree(seen).items()}
 
     # Asking.
 
@@ -357,12 +350,11 @@ class Evaluation:
         """Adds the gradient of a sum to `.grad` by one backward pass."""
         losses = [self.scale(sum_tensors(terms))] if terms else []
         if not self.ranks.reduces:
-            # Straight into `.grad`, as in a plain loop: no second gradient is held meanwhile.
-            for loss in losses:
+            for loss in losses:  # Straight into `.grad`, as in a plain loop.
                 backward(loss, self.parameters, self.retain_graph)
             return
-        # Only this gradient is summed over the ranks: an earlier one in `.grad` has been already.
-        # A rank without a loss takes part, since another may have one.
+        # Only this gradient is summed over the ranks, an earlier one in `.grad` has been. A rank
+        # without a loss takes part, since another may have one.
         own: Gradients = [None] * len(self.parameters)
         for found in differentiate(losses, self.parameters, retain_graph=self.retain_graph):
             own = found
@@ -377,7 +369,7 @@ class Evaluation:
         known: Any = None if callable(weights) else weights
         sums = accumulate(self, [(name,) for name in names], weights=known)
         rule = weights(sums.values) if callable(weights) else {}
-        factors = _to_floats({name: rule.get(name, 1.0) for name in sums.values})
+        factors = to_floats({name: rule.get(name, 1.0) for name in sums.values})
         total: Gradients = [None] * len(self.parameters)
         for name, correction in sums.corrections.items():
             if (found := sums.gradients.pop((name,), None)) is not None:
@@ -398,28 +390,11 @@ class Evaluation:
             rows = replace(whole, gradients=at_outputs, tensors=[], ranks=self.ranks)
         else:
             position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-            parts: dict[Task, Gradients] = {}
-            for task, gradient in whole.gradients.items():
-                own = [gradient[position[id(tensor)]] for tensor in at]
-                parts[task] = [g if g is None else g.clone() for g in own]
-            rows = replace(whole, gradients=parts, tensors=at)
+            places = [position[id(tensor)] for tensor in at]
+            parts = {t: [g[i] for i in places] for t, g in whole.gradients.items()}
+            copies = {t: [g if g is None else g.clone() for g in own] for t, own in parts.items()}
+            rows = replace(whole, gradients=copies, tensors=at)
         found = weigh(rows)
-        for task, factor in _to_floats({t: found[t] for t in whole.gradients}).items():
+        for task, factor in to_floats({t: found[t] for t in whole.gradients}).items():
             add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
         return whole.values
-
-
-def refuse_shards(parameters: Sequence[Tensor]) -> None:
-    """Refuses to work at features of a model under FSDP2."""
-    if is_sharded(parameters):
-        raise ValueError(
-            "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
-            "needs whole backward passes."
-        )
-
-
-def _to_floats(weights: Mapping[Any, float | Tensor]) -> dict[Any, float]:
-    """Copies weights to the host, all at once."""
-    tensors = [weight for weight in weights.values() if isinstance(weight, Tensor)]
-    numbers = iter(to_numbers(tensors) if tensors else ())
-    return {k: next(numbers) if isinstance(w, Tensor) else w for k, w in weights.items()}

@@ -14,7 +14,7 @@ from torch.nn.modules import module as global_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from mtlopt._gradients.arithmetic import Gradients, add
+from mtlopt._gradients.arithmetic import Gradients, add, is_sharded
 from mtlopt._gradients.autograd import explain, nodes_of
 from mtlopt._gradients.losses import Loss, Ranks
 
@@ -152,6 +152,15 @@ def backward_from(cuts: Sequence[Call], gradients: Gradients) -> None:
             except RuntimeError as error:
                 explain(error)
                 raise
+
+
+def refuse_shards(parameters: Sequence[Tensor]) -> None:
+    """Refuses to work at features of a model under FSDP2."""
+    if is_sharded(parameters):
+        raise ValueError(
+            "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
+            "needs whole backward passes."
+        )
 
 
 def check_counts(seen: Mapping[str, Sequence[Loss]], whole: bool, batches: int) -> None:

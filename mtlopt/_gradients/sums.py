@@ -90,6 +90,18 @@ def accumulate(
     return sums
 
 
+def average_losses(evaluation: "Evaluation") -> Values:
+    """Asks for all losses and returns their averages, without gradients."""
+    seen: dict[str, list[Loss]] = {name: [] for name in evaluation.names}
+    ranks = evaluation.ranks
+    for batch in evaluation.batches:
+        for asked in [(name,) for name in seen] if evaluation.is_separate else [tuple(seen)]:
+            _, means = evaluation.ask(asked, batch, ranks.per_micro_batch, final=False)
+            for name, mean in means.items():
+                seen[name].append(mean)
+    return {name: mean.value for name, mean in ranks.per_step.agree(seen).items()}
+
+
 def _report(
     evaluation: "Evaluation",
     sums: Sums,

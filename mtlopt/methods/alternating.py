@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._core.sequential import Order, Record, SequentialOptimizer
 from mtlopt._core.single import Single
 from mtlopt._gradients.losses import CheckFinite, Task

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._core.panel import Panel
 from mtlopt._core.replicas import make_replicas
 from mtlopt._core.sequential import Order, Record, Schedule, SequentialOptimizer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._gradients.arithmetic import Gradients, Rows, conflict_fraction, cosines
 from mtlopt._gradients.evaluation import Forwards
 from mtlopt._gradients.losses import CheckFinite, Task

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of, sum_by_task
+from mtlopt._gradients.sums import average_losses
 from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, states_of
 
 
@@ -281,7 +282,7 @@ class Rule:
         drawn = _random_states(device)
         try:
             with torch.set_grad_enabled(self._needs_graph):
-                values = evaluation.averages()
+                values = average_losses(evaluation)
         except RuntimeError:
             if self._needs_graph:
                 raise
@@ -290,7 +291,7 @@ class Rule:
             for restore_state, state in drawn:
                 restore_state(state)
             with torch.enable_grad():
-                values = evaluation.averages()
+                values = average_losses(evaluation)
             self._needs_graph = True
         with torch.autocast(device.type, enabled=False):
             losses = _stack(sum_by_task(tasks, values), device)
