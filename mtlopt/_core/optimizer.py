@@ -72,7 +72,7 @@ class MultiTaskOptimizer(Optimizer):
     warn_of_repeated_step: bool = True
     """Whether `step()` right after `step(losses)`, which does nothing, warns once."""
 
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None
     """Source of the method's random numbers, if it draws any; saved in the state dict."""
 
     _takes_class: ClassVar[bool] = False
@@ -98,7 +98,7 @@ class MultiTaskOptimizer(Optimizer):
 
     def __init__(self, updater: "Single | Panel", tasks: Iterable[Task], options: Options) -> None:
         self._updater = updater
-        self._tasks = check_tasks(tasks)
+        self._tasks, self.generator = check_tasks(tasks), None
         self.scaler, self.check_finite, self.process_group = options
         if self.scaler is not None and not isinstance(self.scaler, torch.amp.GradScaler):
             raise TypeError(
@@ -197,7 +197,8 @@ class MultiTaskOptimizer(Optimizer):
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns what the last step saw, as tensors ready for a logger."""
 
-    _forwards: Forwards = "joint"
+    # No default of the class: wrappers of frameworks would find it before the optimizer's own.
+    _forwards: Forwards
     _model_is_wrapped = False
     """Whether the method expects a model in DDP, which reduces every backward pass."""
 
