@@ -38,9 +38,9 @@ class MultiTaskModule(LightningModule):
     Everything else is Lightning's own: ``max_steps``, ``accumulate_grad_batches`` (each task's
     gradient is averaged over the batches that have its labels), ``gradient_clip_val`` (around each
     update: a step per task is clipped per task), ``precision`` with its scaler, schedulers by their
-    ``interval``, ``ModelCheckpoint``. Each task's loss is logged as ``loss_<task>`` and their sum as
-    ``loss``, which the progress bar shows and which Lightning has as the step's loss (the
-    learning-rate finder reads it there).
+    ``interval``, ``ModelCheckpoint``. Each task's loss is logged as ``loss_<task>`` and their sum
+    as ``loss``, which the progress bar shows. The sum is also what Lightning takes for the step's
+    loss: callbacks and the learning-rate finder read it.
 
     On several devices choose ``strategy="ddp"``. A step per task then goes through DDP, and the
     methods that combine gradients reduce them themselves.

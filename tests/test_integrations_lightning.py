@@ -267,8 +267,9 @@ def test_the_learning_rate_finder_suggests_what_it_does_for_a_plain_module(
         trainer = lightning.Trainer(
             accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **quiet
         )
-        loader = torch.utils.data.DataLoader([batch] * 100, batch_size=None)
-        found = Tuner(trainer).lr_find(make(), loader, update_attr=False)
+        batches: Any = [batch] * 100
+        loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)
+        found: Any = Tuner(trainer).lr_find(make(), loader, update_attr=False)
         return float(found.suggestion())
 
     own, plain = suggest(lambda: make_own_module(method)), suggest(make_plain_module)
