@@ -56,7 +56,11 @@ def test_ignite_trains_saves_and_resumes_as_the_plain_loop(method: str, tmp_path
 
         trainer = Engine(update)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, schedule.step)
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def follow() -> None:  # `schedule.step` itself would be given the engine
+            schedule.step()
+
         parts: Any = {"network": network, "optimizer": optimizer, "schedule": schedule}
         parts["trainer"] = trainer
         saver = Checkpoint(parts, DiskSaver(str(tmp_path), require_empty=False), n_saved=None)
