@@ -46,7 +46,7 @@ def make_step(name: str, count: int, device: str) -> Callable[[], object]:
     def losses(tasks: Sequence[str], batches: Batches) -> dict[str, Tensor]:
         return {t: cross_entropy(model(t, batches[t][0]), batches[t][1]) for t in tasks}
 
-    adam = partial(torch.optim.Adam, model.parameters())
+    adam = partial(torch.optim.Adam, list(model.parameters()))
     if name == "independent":
         optimizer = mtlopt.IndependentOptimizer(adam(), tasks)
         return lambda: optimizer.step(losses, batches)
@@ -86,8 +86,8 @@ def main() -> None:
         ratios = [timing.ratio(results, name, FLOOR) for name in names[1:]]
         rows.append([count, *times, *ratios])
     text = (
-        "Two convolutions and a linear layer as the trunk (0.2 million weights), a head and a batch "
-        f"of 64 pictures of 28 x 28 per task. Medians of {options.processes} processes' medians "
+        "Two convolutions and a linear layer as the trunk (0.2 million weights), a head and a "
+        f"batch of 64 pictures of 28 x 28 per task. Medians of {options.processes} processes' medians "
         f"over {options.repetitions} interleaved steps, in milliseconds of one thread; ratios to "
         "one Adam by hand, of one process's medians, with their range over the processes.\n\n"
     )

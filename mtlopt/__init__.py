@@ -3,6 +3,7 @@
 from mtlopt._core.optimizer import MultiTaskOptimizer
 from mtlopt.methods.aggregated import Aggregated
 from mtlopt.methods.alternating import AlternatingOptimizer
+from mtlopt.methods.balanced import Balanced
 from mtlopt.methods.conflicts import ConflictReport, conflicts
 from mtlopt.methods.gradnorm import GradNorm
 from mtlopt.methods.independent import IndependentOptimizer, random_groups
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Aggregated",
     "AlternatingOptimizer",
+    "Balanced",
     "ConflictReport",
     "GradNorm",
     "IndependentOptimizer",

@@ -93,7 +93,7 @@ def test_a_compiled_model_trains_as_the_model(method: str, network: Any) -> None
         if compiled:
             model.compile(backend="aot_eager")
         weights, optimizer = train(method, model, lacking="b")
-        held = [len(o.state) for o in optimizer._inner_optimizers()]
+        held = [len(o.state) for o in optimizer._updater.inner]
         results.append((weights, held))
     assert_equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
@@ -125,7 +125,7 @@ def test_a_compiled_update_is_the_update(method: str) -> None:
     torch.manual_seed(0)
     model = Network()
     optimizer = METHODS[method](adamw, model)
-    for inner in optimizer._inner_optimizers():
+    for inner in optimizer._updater.inner:
         inner.step = torch.compile(inner.step, backend="aot_eager")
     losses = make_losses(model)
     for x, y in batches(5):

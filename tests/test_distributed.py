@@ -188,7 +188,9 @@ def test_no_more_than_each_tasks_gradient_travels(ranks: list[dict[str, Any]]) -
     model = Network()
     shared = sum(p.numel() for p in model.trunk.parameters()) * 8
     heads = sum(p.numel() for p in model.heads.parameters()) * 8
-    least = {"joint": shared + heads, "pcgrad": 3 * shared + heads, "gradnorm": 3 * shared + heads}
+    last = model.get_parameter("trunk.2.weight").numel() * 8
+    least = {"joint": shared + heads, "pcgrad": 3 * shared + heads}
+    least["gradnorm"] = least["joint"] + 3 * last
     for method, sent in ranks[0]["bytes"].items():
         assert least[method] <= sent < least[method] + 200
 

@@ -273,7 +273,7 @@ def test_features_that_no_loss_depends_on_warn_once() -> None:
         trunk(x)
         return {t: (model.heads[t](trunk.z) - y[t]).square().mean() for t in tasks}
 
-    with pytest.warns(UserWarning, match="No loss depends on what `features` gave") as caught:
+    with pytest.warns(UserWarning, match="No loss depends on the outputs of `features`") as caught:
         optimizer.step(losses)
     optimizer.step(losses)
     assert len(caught) == 1

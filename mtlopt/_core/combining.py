@@ -15,7 +15,13 @@ from mtlopt._gradients.arithmetic import Gradients, Rows, local
 from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.features import Features
-from mtlopt._gradients.losses import ReadyLosses, Task, Values, sum_tensors
+from mtlopt._gradients.losses import (
+    ReadyLosses,
+    Task,
+    Values,
+    check_parameters,
+    sum_tensors,
+)
 from mtlopt._gradients.ranks import broadcast_parameters
 
 
@@ -71,6 +77,17 @@ class CombiningOptimizer(MultiTaskOptimizer):
         """
         super().add_param_group(param_group)
         broadcast_parameters(self.param_groups[-1]["params"], self.process_group)
+
+    def _checked_shared(self, shared: Iterable[Tensor]) -> list[Tensor]:
+        """Returns parameters to take norms over, or raises an error."""
+        checked = check_parameters("shared", shared)
+        own = {id(parameter) for parameter in self._parameters if parameter.requires_grad}
+        if not checked or not {id(parameter) for parameter in checked} <= own:
+            raise ValueError(
+                "`shared` must hold at least one parameter, all among the optimizer's that "
+                f"require a gradient, got {len(checked)} tensors."
+            )
+        return checked
 
     # What a method is.
 

@@ -51,8 +51,7 @@ class Options(NamedTuple):
 class MultiTaskOptimizer(Optimizer):
     """Base of all methods: a `torch.optim.Optimizer` that steps on the losses of several tasks.
 
-    It is abstract: it fixes the protocol, :meth:`step`, and keeps torch's promises about state
-    dicts, copies and pickles. Use it as the type of "any method".
+    It is abstract, and the type of "any method". State dicts, copies and pickles work as in torch.
 
     Example:
         >>> import torch, mtlopt
@@ -97,8 +96,13 @@ class MultiTaskOptimizer(Optimizer):
         return super().__new__(cls)
 
     def __init__(self, updater: "Single | Panel", tasks: Iterable[Task], options: Options) -> None:
+        # On the instance: Lightning's wrapper looks at the class before it asks the instance.
+        self.generator = None
         self._updater = updater
-        self._tasks, self.generator = check_tasks(tasks), None
+        self._forwards: Forwards = "joint"
+        # Whether the method expects a model in DDP, which reduces every backward pass.
+        self._model_is_wrapped = False
+        self._tasks = check_tasks(tasks)
         self.scaler, self.check_finite, self.process_group = options
         if self.scaler is not None and not isinstance(self.scaler, torch.amp.GradScaler):
             raise TypeError(
@@ -141,16 +145,14 @@ class MultiTaskOptimizer(Optimizer):
     ) -> dict[str, Tensor]:
         """Takes one step on every task for which the batch has labels.
 
-        Methods that combine gradients, or losses, ask for all tasks at once and update the
-        parameters once. Methods that step through the tasks ask for one task (or group) at a time,
-        and update the parameters for each.
+        Most methods ask for all tasks at once, and update the parameters once. Those that step
+        through the tasks ask for one task or group at a time, and update for each.
 
         Args:
             losses: Function ``losses(tasks, *batch)`` that returns a mapping from task to a scalar
-                loss, (loss, count) or None; or that mapping itself, from one forward pass, for
-                methods that need no second one. Without `losses`, methods with one update apply
-                the gradients in `.grad`, as torch's `step` does. Right after a step on losses
-                these have been applied, so `step()` does nothing and warns once.
+                loss, (loss, count) or None; or that mapping itself, for methods that need one
+                forward pass. Without `losses`, methods with one update apply the gradients in
+                `.grad`, as in torch, unless a step on losses has applied them just before.
             *batch: Passed on to `losses`.
             micro_batches: Several batches to average over, instead of `batch`.
             closure: Without `losses`, what torch's `step` takes, for methods with one update.
@@ -161,10 +163,9 @@ class MultiTaskOptimizer(Optimizer):
             optimizer returns.
 
         Raises:
-            TypeError: If the arguments do not go together, or `losses` is not what the method
-                takes.
+            TypeError: If the arguments do not fit together, or the method.
             ValueError: If a loss is not a scalar with a graph, or belongs to no task. Nothing has
-                moved then, but for the earlier tasks of a method that steps through them.
+                moved then, except for earlier tasks of a method that steps through them.
         """
         batches = list_batches(losses, batch, micro_batches, keywords)
         if losses is None:
@@ -196,11 +197,6 @@ class MultiTaskOptimizer(Optimizer):
     @abstractmethod
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns what the last step saw, as tensors ready for a logger."""
-
-    # No default of the class: wrappers of frameworks would find it before the optimizer's own.
-    _forwards: Forwards
-    _model_is_wrapped = False
-    """Whether the method expects a model in DDP, which reduces every backward pass."""
 
     def _evaluation(
         self,
@@ -285,13 +281,13 @@ class MultiTaskOptimizer(Optimizer):
             return None
         self._scaling.unscale_(optimizer)
         # The scaler's private record, because asking for the flag would wait for the device.
-        found = self._scaling._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        flags = list(found.values())
+        record = self._scaling._per_optimizer_states[id(optimizer)]
+        flags = list(record["found_inf_per_device"].values())
         if not flags:  # None of the parameters has a gradient.
             return None
         return torch.stack([flag.to(flags[0].device) for flag in flags]).sum() > 0
 
-    # What torch expects of an optimizer, passed on to the updater.
+    # What torch expects of an optimizer.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -322,11 +318,7 @@ class MultiTaskOptimizer(Optimizer):
         return next((parameter.device for parameter in self._parameters), torch.device("cpu"))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, for every task.
-
-        Args:
-            param_group: As torch takes it.
-        """
+        """Adds a group of parameters, as torch takes it, for every task."""
         self._updater.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -345,8 +337,6 @@ class MultiTaskOptimizer(Optimizer):
     def eval(self) -> None:
         """Switches to evaluation mode, where the class has modes (schedule-free)."""
         self._updater.set_mode("eval")
-
-    # State dicts, copies and pickles.
 
     def _own_state(self) -> dict[str, Any]:
         """Returns what the method saves in the entry `mtlopt`."""

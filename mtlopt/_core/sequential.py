@@ -13,8 +13,9 @@ from mtlopt._core.optimizer import MultiTaskOptimizer, Options
 from mtlopt._core.updates import Updates
 from mtlopt._gradients.arithmetic import norm
 from mtlopt._gradients.autograd import set_grads
-from mtlopt._gradients.evaluation import Evaluation, Forwards
+from mtlopt._gradients.evaluation import Evaluation
 from mtlopt._gradients.losses import Task, Values, names_of, sum_tensors
+from mtlopt._gradients.report import Mistake
 
 if TYPE_CHECKING:
     from mtlopt._core.panel import Panel
@@ -34,21 +35,25 @@ _CLOSURE = (
 class SequentialOptimizer(MultiTaskOptimizer):
     """Updates the parameters once per task, each time at the weights the previous task left."""
 
-    schedule: Schedule = "sequential"
-    # DDP allows one backward pass for each forward pass.
-    _forwards: Forwards = "per-pass"
-    _model_is_wrapped = True
-
     def __init__(
         self,
         updater: "Single | Panel",
         tasks: Iterable[Task],
+        schedule: Schedule,
         order: Order,
         per_step: int | None,
         record: Record | None,
         options: Options,
     ) -> None:
         super().__init__(updater, tasks, options)
+        if schedule not in ("sequential", "simultaneous"):
+            raise ValueError(
+                f"`schedule` must be 'sequential' or 'simultaneous', got {schedule!r}."
+            )
+        self.schedule = schedule
+        if schedule == "sequential":
+            # DDP allows one backward pass for each forward pass.
+            self._forwards, self._model_is_wrapped = "per-pass", True
         count = len(self.tasks)
         if per_step is not None and per_step not in set(range(1, count + 1)):
             raise ValueError(
@@ -154,6 +159,8 @@ class SequentialOptimizer(MultiTaskOptimizer):
                 remedy = "give a `process_group`."
             gradient = [parameter.grad for parameter in parameters]
             evaluation.ranks.check_alike(gradient, f"of task {task!r}", remedy)
+        if all(parameter.grad is None for parameter in parameters):
+            self._report.mistakes.append(Mistake("unreached", task))
         # Unscaled, and before the hooks, which may clip.
         size = norm([p.grad for p in parameters]) if self._wants_norms[0] else None
         self._seen[task] = size, skipped

@@ -1,6 +1,7 @@
 """Evaluation: turns the losses of one step into gradients, averaged by counts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -80,7 +81,7 @@ class Evaluation:
     @property
     def is_separate(self) -> bool:
         """Returns whether each backward pass has its own call of `losses`."""
-        return self.forwards != "joint" and self.losses.is_function
+        return self.forwards != "joint" and not isinstance(self.losses.losses, Mapping)
 
     def clear_grads(self) -> None:
         """Sets `.grad` to None, without the profiler scope of `zero_grad`, which is slow."""
@@ -110,7 +111,7 @@ class Evaluation:
         values: Values = {}
         for asked in [(name,) for name in names] if separate else [names]:
             terms, means = self.ask(asked, self.batches[0], self.ranks)
-            if terms.keys() - self.report.searched:
+            if self.forwards != "per-pass" and terms.keys() - self.report.searched:
                 self.report.search(terms, self.parameters)
             present = {name: mean.value for name, mean in means.items()}
             own: Weights = (rule(present) if rule else fixed) or {}
@@ -120,7 +121,7 @@ class Evaluation:
 
     @torch.enable_grad()
     def per_task(
-        self, at: object = None, weights: Weights | None = None
+        self, at: Features | None = None, weights: Weights | None = None
     ) -> tuple[Rows, dict[Task, Gradients]]:
         """Takes the averaged gradient of each present task; `.grad` stays as it is.
 
@@ -149,7 +150,9 @@ class Evaluation:
                 there = add(there, found) if there and found else there or found
                 if part in sums.gradients:
                     total = add(total, scaled(sums.gradients.pop(part), factor))
-            gradients[task] = self.ranks.per_step.sum(total, self.parameters)
+            if self.ranks.reduces:
+                total = self.ranks.sum(total, self.parameters)
+            gradients[task] = total
             at_outputs[task] = there
         return Rows(gradients, self.parameters, sums.values, self.is_scaled), at_outputs
 
@@ -176,13 +179,16 @@ class Evaluation:
         """
         if len(self.batches) > 1 or self.ranks.wrapped or self.is_separate:
             return self._add_measured_passes(at, weigh, weights or {})
-        ranks, tensors = SINGLE_PROCESS, list[Tensor]()
-        if isinstance(at, Features):
-            ranks = self.ranks  # The rows are of this process's samples.
-            terms, means, tensors = self.ask_recording(self.names, self.batches[0], ranks, at)
-        else:
-            tensors = list(at)
+        modules = at if isinstance(at, Features) else None
+        recording: Any = nullcontext([]) if modules is None else modules.recording()
+        with recording as calls:
             terms, means = self.ask(self.names, self.batches[0], self.ranks)
+        if terms and modules is not None:
+            modules.check(calls)
+        outputs = [output for call in calls for output in call.outputs]
+        tensors = outputs if isinstance(at, Features) else list(at)
+        # Rows at features are of this process's samples, those at parameters are summed here.
+        ranks = SINGLE_PROCESS if modules is None else self.ranks
         values = {name: mean.value for name, mean in means.items()}
         terms = {n: weighted(term, (weights or {}).get(n, 1.0)) for n, term in terms.items()}
         losses: dict[Task, Tensor] = {}
@@ -195,7 +201,7 @@ class Evaluation:
                 # Copies, because results of autograd may share memory.
                 gradient = grad_of(self.scale(losses[task]), tensors)
                 rows[task] = [g if g is None else g.clone() for g in gradient]
-            if not isinstance(at, Features):
+            if modules is None:
                 rows[task] = self.ranks.sum(rows[task], tensors)
         found = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
         self._add_pass([weighted(loss, found[task]) for task, loss in losses.items()])
@@ -223,11 +229,7 @@ class Evaluation:
         Returns:
             The averaged losses by name.
         """
-        if is_sharded(self.parameters):
-            raise ValueError(
-                "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
-                "needs whole backward passes."
-            )
+        refuse_shards(self.parameters)
         seen: dict[str, list[Loss]] = {}
         count = len(self.batches)
         self.ranks.check_batches(count)
@@ -239,11 +241,9 @@ class Evaluation:
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
             check_counts(seen, position == count - 1, count)
-            factors = {name: (weights or {}).get(name, 1.0) / count for name in terms}
-            losses = self.join(
-                {name: weighted(terms[name], factors[name]) for name in terms},
-                [names_of(task) for task in self.tasks],
-            )
+            for name, term in terms.items():
+                terms[name] = weighted(term, (weights or {}).get(name, 1.0) / count)
+            losses = self.join(terms, [names_of(task) for task in self.tasks])
             at = [leaf for cut in cuts for leaf in cut.leaves]
             outputs = [output for cut in cuts for output in cut.outputs]
             # Heads and trunk can share a part of the graph, such as a stem's skip connection.
@@ -259,8 +259,8 @@ class Evaluation:
             rows = {
                 t: found.get(names_of(t), [*nothing]) for t in present_tasks(self.tasks, values)
             }
-            combined = combine(Rows(rows, at, values, self.is_scaled, False, self.ranks))
-            backward_from(cuts, combined)
+            rows_at = Rows(rows, at, values, self.is_scaled, False, self.ranks)
+            backward_from(cuts, combine(rows_at))
             if compiled:
                 drop_zeros(self.parameters)
         if seen and self.ranks.reduces:
@@ -302,14 +302,17 @@ class Evaluation:
         return terms, means
 
     def ask_recording(
-        self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks, at: Features
+        self, names: Sequence[str], batch: tuple[object, ...], at: Features
     ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
-        """Asks for losses, and returns the modules' outputs too."""
+        """Asks on one of several micro-batches, and returns the modules' outputs too."""
         with at.recording() as calls:
-            terms, means = self.ask(names, batch, ranks)
+            terms, means = self.ask(names, batch, self.ranks.per_micro_batch)
         if terms:
             at.check(calls)
-        return terms, means, [output for call in calls for output in call.outputs]
+        outputs = [output for call in calls for output in call.outputs]
+        for output in outputs:
+            output.retain_grad()  # A pass leaves a gradient here, as with the parameters.
+        return terms, means, outputs
 
     def join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
         """Returns the scaled sums of the terms of each part that has any."""
@@ -358,7 +361,7 @@ class Evaluation:
         weights: Weights,
     ) -> Values:
         """Weights whole gradients, by rows that are a part of them or were recorded with them."""
-        whole, at_outputs = self.per_task(at, weights)
+        whole, at_outputs = self.per_task(at if isinstance(at, Features) else None, weights)
         if isinstance(at, Features):
             rows = replace(whole, gradients=at_outputs, tensors=[], ranks=self.ranks)
         else:
@@ -372,6 +375,15 @@ class Evaluation:
         for task, factor in _to_floats({t: found[t] for t in whole.gradients}).items():
             add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
         return whole.values
+
+
+def refuse_shards(parameters: Sequence[Tensor]) -> None:
+    """Refuses to work at features of a model under FSDP2."""
+    if is_sharded(parameters):
+        raise ValueError(
+            "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
+            "needs whole backward passes."
+        )
 
 
 def _to_floats(weights: Mapping[Any, float | Tensor]) -> dict[Any, float]:

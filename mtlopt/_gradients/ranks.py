@@ -38,11 +38,16 @@ class ReducingRanks(Ranks):
     """Processes whose wrapper (DDP, FSDP2) averages the gradient of every backward pass."""
 
     wrapped = True
+    per_step = SINGLE_PROCESS
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
         self._device = _device_of(group, device)
-        self.per_micro_batch, self.per_step = self, SINGLE_PROCESS
+
+    @property
+    def per_micro_batch(self) -> Ranks:  # type: ignore[override]  # no circle through an attribute
+        """The processes that agree on each micro-batch: all of them."""
+        return self
 
     def agree(self, seen: Mapping[str, Sequence[Loss]]) -> dict[str, Loss]:
         """Averages as one process does; a task missing on some of the processes is an error."""
@@ -77,12 +82,17 @@ class SummingRanks(Ranks):
     """Processes whose model is not wrapped: per-task gradients are summed over them here."""
 
     reduces = True
+    # Not on each micro-batch, because ranks may have different numbers of them.
+    per_micro_batch = SINGLE_PROCESS
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
         self._device = _device_of(group, device)
-        # Not on each micro-batch, because ranks may have different numbers of them.
-        self.per_micro_batch, self.per_step = SINGLE_PROCESS, self
+
+    @property
+    def per_step(self) -> Ranks:  # type: ignore[override]  # no circle through an attribute
+        """The processes that agree once a step: all of them."""
+        return self
 
     def agree(self, seen: Mapping[str, Sequence[Loss]]) -> dict[str, Loss]:
         """Averages as one process does; a task may be absent on some of the ranks."""

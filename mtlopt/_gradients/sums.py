@@ -33,7 +33,7 @@ class Sums(NamedTuple):
 def accumulate(
     evaluation: "Evaluation",
     parts: Sequence[Part],
-    at: object = None,
+    at: Features | None = None,
     weights: Mapping[str, float | Tensor] | None = None,
 ) -> Sums:
     """Sums the gradients of parts over the micro-batches, and those at outputs of modules.
@@ -50,49 +50,52 @@ def accumulate(
         at: Modules at whose outputs gradients are wanted too.
         weights: What each name's loss is multiplied by, 1 if left out.
     """
-    names = [name for part in parts for name in part]
-    seen: dict[str, list[Loss]] = {name: [] for name in names}
+    seen: dict[str, list[Loss]] = {name: [] for part in parts for name in part}
     sums = Sums({}, {}, {}, {})
-    ranks, batches = evaluation.ranks.per_micro_batch, evaluation.batches
+    count, size = len(evaluation.batches), len(evaluation.parameters)
     first_terms: list[Tensor] = []
-    for batch in batches:
-        for asked in parts if evaluation.is_separate else [names]:
+    for batch in evaluation.batches:
+        for asked in parts if evaluation.is_separate else [tuple(seen)]:
             outputs: list[Tensor] = []
-            if isinstance(at, Features):
-                terms, means, outputs = evaluation.ask_recording(asked, batch, ranks, at)
+            if at is None:
+                terms, means = evaluation.ask(asked, batch, evaluation.ranks.per_micro_batch)
             else:
-                terms, means = evaluation.ask(asked, batch, ranks)
-            first_terms += terms.values() if batch is batches[0] else ()
+                terms, means, outputs = evaluation.ask_recording(asked, batch, at)
+            first_terms += terms.values() if batch is evaluation.batches[0] else ()
             for name, mean in means.items():
                 seen[name].append(mean)
-                factor = mean.samples / (seen[name][0].samples * len(batches))
+                factor = mean.samples / (seen[name][0].samples * count)
                 weight = 1.0 if weights is None else weights.get(name, 1.0)
                 if name in terms:
                     terms[name] = weighted(terms[name], factor * weight)
-            for output in outputs:
-                output.retain_grad()
             losses = evaluation.join(terms, parts)
-            passes = differentiate(
-                list(losses.values()),
-                [*evaluation.parameters, *outputs],
-                evaluation.parameters_only,
-                evaluation.retain_graph,
-            )
+            tensors = [*evaluation.parameters, *outputs]
+            only, keep = evaluation.parameters_only, evaluation.retain_graph
+            passes = differentiate(list(losses.values()), tensors, only, keep)
             for part, gradient in zip(losses, passes, strict=True):
-                there = gradient[len(evaluation.parameters) :]
-                del gradient[len(evaluation.parameters) :]
+                sums.at_outputs.setdefault(part, []).extend(gradient[size:])
+                del gradient[size:]
                 known = sums.gradients.get(part)
                 sums.gradients[part] = gradient if known is None else add(known, gradient)
-                sums.at_outputs.setdefault(part, []).extend(there)
+    _report(evaluation, sums, seen, first_terms)
+    for name, mean in evaluation.ranks.per_step.agree(seen).items():
+        sums.values[name] = mean.value
+        # A rank without samples of the task has no sum to correct.
+        first = seen[name][0].samples if seen[name] else 0
+        sums.corrections[name] = first * count / mean.samples if first else 1.0
+    return sums
+
+
+def _report(
+    evaluation: "Evaluation",
+    sums: Sums,
+    seen: Mapping[str, Sequence[Loss]],
+    first_terms: Sequence[Tensor],
+) -> None:
+    """Reports tasks that train nothing, and gradients that cannot be corrected."""
     for part, gradient in sums.gradients.items():
         if all(piece is None for piece in gradient):
             task = part if len(part) > 1 else part[0]
             evaluation.report.mistakes.append(Mistake("unreached", task))
     if any(len({loss.samples for loss in losses}) > 1 for losses in seen.values()):
         evaluation.report.search_for_others(first_terms, evaluation.parameters)
-    for name, mean in evaluation.ranks.per_step.agree(seen).items():
-        sums.values[name] = mean.value
-        # A rank without samples of the task has no sum to correct.
-        first = seen[name][0].samples if seen[name] else 0
-        sums.corrections[name] = first * len(batches) / mean.samples if first else 1.0
-    return sums

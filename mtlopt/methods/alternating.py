@@ -78,7 +78,7 @@ class AlternatingOptimizer(SequentialOptimizer):
     ) -> None:
         single = Single(optimizer, type(self).__name__)
         options = Options(scaler, check_finite, process_group)
-        super().__init__(single, tasks, order, per_step, record, options)
+        super().__init__(single, tasks, "sequential", order, per_step, record, options)
 
     @property
     def base(self) -> Optimizer:

@@ -15,7 +15,7 @@ from mtlopt._core.combining import CombiningOptimizer
 from mtlopt._core.optimizer import Options
 from mtlopt._gradients.arithmetic import Gradients, Rows, norm, to_numbers
 from mtlopt._gradients.evaluation import Evaluation, Forwards
-from mtlopt._gradients.losses import CheckFinite, Task, Values, check_parameters, names_of
+from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of
 
 SMALLEST_WEIGHT = 1e-3
 
@@ -117,14 +117,8 @@ class GradNorm(CombiningOptimizer):
                 f"the norms are taken, got {'neither' if shared is None else 'both'}: "
                 "GradNorm(optimizer, tasks, features=model.trunk)."
             )
-        self.shared = [] if shared is None else check_parameters("shared", shared)
+        self.shared = [] if shared is None else self._checked_shared(shared)
         self.alpha, self.weight_lr = alpha, weight_lr
-        own = {id(parameter) for parameter in self._parameters if parameter.requires_grad}
-        if (features is None and not self.shared) or not all(id(p) in own for p in self.shared):
-            raise ValueError(
-                "`shared` must hold at least one parameter, all among the optimizer's that "
-                f"require a gradient, got {len(self.shared)} tensors."
-            )
         if not weight_lr > 0:
             raise ValueError(f"`weight_lr` must be positive, got {weight_lr}.")
         for task, loss in (initial_losses or {}).items():

@@ -147,18 +147,12 @@ class IndependentOptimizer(SequentialOptimizer):
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        if schedule not in ("sequential", "simultaneous"):
-            raise ValueError(
-                f"`schedule` must be 'sequential' or 'simultaneous', got {schedule!r}."
-            )
-        self.schedule = schedule
         panel = Panel(make_replicas(optimizer_class, params, tasks, options))
         shared_options = Options(scaler, check_finite, process_group)
-        super().__init__(panel, panel.optimizers, order, per_step, record, shared_options)
+        tasks = panel.optimizers
+        super().__init__(panel, tasks, schedule, order, per_step, record, shared_options)
         if schedule == "sequential":
             return
-        # All gradients come from one forward pass, so they are reduced here and not by DDP.
-        self._forwards, self._model_is_wrapped = "joint", False
         if self._needs_closure:
             raise ValueError(
                 "`schedule` must be 'sequential' for a class that needs a closure, "
