@@ -87,9 +87,10 @@ def main() -> None:
         rows.append([count, *times, *ratios])
     text = (
         "Two convolutions and a linear layer as the trunk (0.2 million weights), a head and a "
-        f"batch of 64 pictures of 28 x 28 per task. Medians of {options.processes} processes' medians "
-        f"over {options.repetitions} interleaved steps, in milliseconds of one thread; ratios to "
-        "one Adam by hand, of one process's medians, with their range over the processes.\n\n"
+        "batch of 64 pictures of 28 x 28 per task. "
+        f"Medians of {options.processes} processes' medians over {options.repetitions} "
+        "interleaved steps, in milliseconds of one thread; ratios to one Adam by hand, of one "
+        "process's medians, with their range over the processes.\n\n"
     )
     columns = ["T", *names, *(f"{name}, ratio" for name in names[1:])]
     timing.write_results(options, "data_sets", text + timing.write_table(columns, rows))
