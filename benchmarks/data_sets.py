@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy
 import mtlopt
 from benchmarks import timing
 
-COUNTS = (2, 4, 8)
 FLOOR = "one Adam, by hand"
 Batches = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -67,6 +66,7 @@ def make_step(name: str, count: int, device: str) -> Callable[[], object]:
 
 def main() -> None:
     parser = timing.make_parser(__doc__)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8])
     parser.set_defaults(repetitions=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def main() -> None:
         print(json.dumps(timing.seconds(cases, options.repetitions, options.device, 3)))
         return
     rows = []
-    for count in COUNTS:
+    for count in options.tasks:
         results = timing.in_processes(options, [str(count)] * options.processes)
         found = timing.medians(results)
         times = [f"{1e3 * found[name]:.1f}" for name in names]
