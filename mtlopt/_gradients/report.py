@@ -38,5 +38,7 @@ class Report:
     def search_for_others(self, terms: Iterable[Tensor], parameters: Sequence[Tensor]) -> None:
         """Searches graphs for other parameters, whose gradients no correction reaches."""
         own = set(map(id, parameters))
+        if is_sharded(parameters):
+            return  # FSDP2's graphs hold the whole parameters, gathered from the shards.
         if any(id(leaf) not in own for leaf in leaves(terms) or ()):
             self.mistakes.append(Mistake("others"))
