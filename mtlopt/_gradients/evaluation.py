@@ -48,6 +48,11 @@ Forwards: TypeAlias = Literal["joint", "per-task", "per-pass"]
 Weights: TypeAlias = Mapping[str, float | Tensor]
 """Loss weights by name; a name left out has weight 1."""
 
+SHARDED = (
+    "`features` must be None where the parameters are sharded (FSDP2), whose wrapper needs whole "
+    "backward passes."
+)
+
 unscaled: Callable[[Tensor], Tensor] = lambda loss: loss  # noqa: E731  # as every scaler
 
 
@@ -231,10 +236,7 @@ class Evaluation:
             The averaged losses by name.
         """
         if is_sharded(self.parameters):
-            raise ValueError(
-                "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
-                "needs whole backward passes."
-            )
+            raise ValueError(SHARDED)
         seen: dict[str, list[Loss]] = {}
         count = len(self.batches)
         self.ranks.check_batches(count)
@@ -245,11 +247,8 @@ class Evaluation:
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
             check_counts(seen, position == count - 1, count)
-            factors = {name: (weights or {}).get(name, 1.0) / count for name in terms}
-            losses = self.join(
-                {name: weighted(terms[name], factors[name]) for name in terms},
-                [names_of(task) for task in self.tasks],
-            )
+            terms = {n: weighted(t, (weights or {}).get(n, 1.0) / count) for n, t in terms.items()}
+            losses = self.join(terms, [names_of(task) for task in self.tasks])
             at = [leaf for cut in cuts for leaf in cut.leaves]
             outputs = [output for cut in cuts for output in cut.outputs]
             # Heads and trunk can share a part of the graph, such as a stem's skip connection.
@@ -264,10 +263,8 @@ class Evaluation:
                     self.report.mistakes.append(Mistake("unshared" if used else "uncut"))
             values = {name: mean.value for name, mean in means.items()}
             # Present on some rank, so present here: without a loss its row is zero.
-            nothing: Gradients = [None] * len(at)
-            rows = {
-                t: found.get(names_of(t), [*nothing]) for t in present_tasks(self.tasks, values)
-            }
+            present = present_tasks(self.tasks, values)
+            rows = {task: found.get(names_of(task), [None] * len(at)) for task in present}
             combined = combine(Rows(rows, at, values, self.is_scaled, False, self.ranks))
             backward_from(cuts, combined)
             if compiled:
