@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import SGD, Adam
+from torch.utils.checkpoint import checkpoint
 
 import mtlopt
 import reference
@@ -343,6 +344,21 @@ def test_a_task_that_was_not_asked_for_is_ignored(method: str) -> None:
         by_hand(make_losses(expected), TASKS, x, y)
     for name, weight in snapshot(model).items():
         torch.testing.assert_close(weight, snapshot(expected)[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own
+def test_a_reentrant_checkpoint_that_hides_the_parameters_is_named() -> None:
+    """Its output's graph ends where the checkpoint's inputs need no gradient."""
+    model = Network()
+    x, y = batches(1)[0]
+    optimizer = mtlopt.PCGrad(SGD(model.trunk.parameters(), lr=0.1), TASKS)
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        z = checkpoint(model.trunk, x, use_reentrant=True)
+        return {t: (model.heads[t](z) - y[t]).square().mean() for t in tasks}
+
+    with pytest.warns(UserWarning, match="must have `use_reentrant=False`"):
+        optimizer.step(losses)
 
 
 @pytest.mark.parametrize("to_none", [True, False])

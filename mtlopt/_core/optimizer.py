@@ -270,9 +270,10 @@ class MultiTaskOptimizer(Optimizer):
         if self._scaling is None:
             return None
         self._scaling.unscale_(optimizer)
-        # The scaler's private record, because asking for the flag would wait for the device.
-        record = self._scaling._per_optimizer_states[id(optimizer)]
-        flags = list(record["found_inf_per_device"].values())
+        # The scaler's private record, because asking for the flag would wait for the device; it is
+        # not offered otherwise: https://github.com/pytorch/pytorch/issues/152279.
+        found = self._scaling._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        flags = list(found.values())
         if not flags:  # None of the parameters has a gradient.
             return None
         return torch.stack([flag.to(flags[0].device) for flag in flags]).sum() > 0

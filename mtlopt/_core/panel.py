@@ -161,7 +161,8 @@ class Panel:
         if not set_to_none:
             raise ValueError(
                 "`set_to_none` must be True, got False: with zero gradients weight decay would "
-                "move every head in every task's step. Call optimizer.zero_grad()."
+                "move every head in every task's step. Call optimizer.zero_grad(), or set the "
+                "framework's option: `optim_set_to_none=True` in MONAI."
             )
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -48,7 +48,8 @@ class Single:
     @contextmanager
     def turn(self, task: Task) -> Iterator[Optimizer]:
         """Yields the optimizer for one task's update."""
-        # As a separate object per task: a scaler allows one step per object and update.
+        # As a separate object per task: a scaler allows one step per object and update
+        # (https://github.com/pytorch/pytorch/pull/26512).
         turn: Any = self._turns.setdefault(task, _Turn(self.base))
         yield turn
 

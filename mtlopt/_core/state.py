@@ -155,6 +155,7 @@ def lasting(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def extras(optimizer: Optimizer) -> dict[str, Any]:
     """Returns the attributes that torch's `__getstate__` drops, without which LBFGS fails."""
+    # Three are kept on purpose: https://github.com/pytorch/pytorch/pull/72839.
     kept = optimizer.__getstate__()
     return {n: value for n, value in lasting(vars(optimizer)).items() if n not in kept}
 

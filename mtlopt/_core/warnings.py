@@ -63,7 +63,8 @@ class Warnings:
         text = {
             "unreached": (
                 f"The loss of task {found.task!r} depends on none of the optimizer's parameters, "
-                "so it trains nothing: were they given to the optimizer, and are they the model's?"
+                "so it trains nothing: were they given to the optimizer, and are they the model's? "
+                "Checkpoints of inputs that need no gradient must have `use_reentrant=False`."
             ),
             "others": (
                 "`losses` depends on parameters that are not this optimizer's, and its tasks' "

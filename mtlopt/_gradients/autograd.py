@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from mtlopt._gradients.arithmetic import Gradients, add, is_sharded, local, norm
 
@@ -53,7 +54,8 @@ def differentiate(
     last = len(losses) - 1
     try:
         for position, loss in enumerate(losses):
-            # Not torch.autograd.grad: its results may share memory, and FSDP2 does not see it.
+            # Not torch.autograd.grad: its results may share memory, and it passes by FSDP2, whose
+            # parameters are not in the graph: https://github.com/meta-pytorch/torchrec/pull/4268.
             inputs = list(parameters) if parameters_only else None
             backward(loss, parameters, retain_graph or position < last, inputs)
             yield pop_grads(parameters)
@@ -134,7 +136,8 @@ def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
     return found
 
 
-# Compiled graphs give zeros for parameters that a loss does not depend on; eager ones give None.
+# Compiled graphs give zeros for parameters that a loss does not depend on; eager ones give None:
+# https://github.com/pytorch/pytorch/pull/186355.
 
 
 def drop_zeros(parameters: Iterable[Tensor], keep_if_all: bool = False) -> None:
@@ -202,18 +205,43 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self._stepped = False
+        self._stepped = self._made = False
+        self._watch: RemovableHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_watch": None}
 
     def mark(self, parameters: Sequence[Tensor], status: Literal["made", "applied"]) -> None:
         """Records that a method made, or a step applied, the gradients of the parameters."""
-        self._stepped = status == "applied"
+        self._stepped, self._made = status == "applied", status == "made"
+        if self._watch is not None:
+            self._unwatch()
+        if self._made:
+            given = [p for p in parameters if p.grad is not None and p.requires_grad]
+            # A backward pass of the user's from here on, unlike an assignment, calls the hook.
+            for parameter in given[:1]:
+                self._watch = parameter.register_post_accumulate_grad_hook(self._forget_made)
         for parameter in parameters:
             if (gradient := parameter.grad) is not None:
                 gradient._mtlopt = status, gradient._version  # type: ignore[attr-defined]
 
     def reset(self) -> None:
         """Records that the gradients were cleared."""
-        self._stepped = False
+        self._stepped = self._made = False
+
+    def _forget_made(self, parameter: Tensor) -> None:
+        self._made = False
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def made_last(self) -> bool:
+        """Returns whether a method made the last gradient, even if it was replaced; asked once."""
+        made, self._made = self._made, False
+        self._unwatch()
+        return made
 
     def status(self, parameters: Sequence[Tensor]) -> Status:
         """Returns the status of the gradients as a whole."""

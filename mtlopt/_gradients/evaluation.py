@@ -54,6 +54,7 @@ Forwards: TypeAlias = Literal["joint", "per-task", "per-pass"]
 Weights: TypeAlias = Mapping[str, float | Tensor]
 """Loss weights by name; a name left out has weight 1."""
 
+
 unscaled: Callable[[Tensor], Tensor] = lambda loss: loss  # noqa: E731  # as every scaler
 
 
@@ -254,8 +255,7 @@ class Evaluation:
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
             check_counts(seen, position == count - 1, count)
-            for name, term in terms.items():
-                terms[name] = weighted(term, (weights or {}).get(name, 1.0) / count)
+            terms = {n: weighted(t, (weights or {}).get(n, 1.0) / count) for n, t in terms.items()}
             losses = self.join(terms, [names_of(task) for task in self.tasks])
             at = [leaf for cut in cuts for leaf in cut.leaves]
             outputs = [output for cut in cuts for output in cut.outputs]
@@ -271,12 +271,10 @@ class Evaluation:
                     self.report.mistakes.append(Mistake("unshared" if used else "uncut"))
             values = {name: mean.value for name, mean in means.items()}
             # Present on some rank, so present here: without a loss its row is zero.
-            nothing: Gradients = [None] * len(at)
-            rows = {
-                t: found.get(names_of(t), [*nothing]) for t in present_tasks(self.tasks, values)
-            }
-            rows_at = Rows(rows, at, values, self.is_scaled, False, self.ranks)
-            backward_from(cuts, combine(rows_at))
+            present = present_tasks(self.tasks, values)
+            rows = {task: found.get(names_of(task), [None] * len(at)) for task in present}
+            combined = combine(Rows(rows, at, values, self.is_scaled, False, self.ranks))
+            backward_from(cuts, combined)
             if compiled:
                 drop_zeros(self.parameters)
         if seen and self.ranks.reduces:

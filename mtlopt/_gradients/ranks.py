@@ -2,6 +2,7 @@
 
 import gc
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,7 +27,7 @@ SILENT = 2**20
 COMPARED = 32
 """How many feature tensors are compared between ranks."""
 _WRAPPERS = WeakIdKeyDictionary()
-"""For the first parameter of an optimizer the group over which DDP averages, or None."""
+"""For the first parameter of an optimizer a weak reference to the DDP that holds it, if any."""
 
 
 class UnnamedRanks(Ranks):
@@ -242,16 +243,16 @@ def _group_of_ddp(parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:
         return None
     if parameters[0] not in _WRAPPERS:
         own = set(map(id, parameters))
-        groups = [
-            wrapper.process_group
+        wrappers = (
+            weakref.ref(wrapper)
             for wrapper in gc.get_objects()
             # Not isinstance: some objects, such as lazy modules, act when asked for their class.
             if issubclass(type(wrapper), DistributedDataParallel)
             and not own.isdisjoint(map(id, wrapper.parameters()))
-        ]
-        _WRAPPERS[parameters[0]] = groups[0] if groups else None
-    found: dist.ProcessGroup | None = _WRAPPERS[parameters[0]]
-    return found
+        )
+        _WRAPPERS[parameters[0]] = next(wrappers, lambda: None)
+    found = _WRAPPERS[parameters[0]]()
+    return None if found is None else found.process_group
 
 
 def all_ranks() -> dist.ProcessGroup | None:

@@ -55,5 +55,7 @@ class Report:
     def search_for_others(self, terms: Iterable[Tensor], parameters: Sequence[Tensor]) -> None:
         """Searches graphs for foreign parameters, whose gradients cannot be corrected."""
         own = set(map(id, parameters))
+        if is_sharded(parameters):
+            return  # FSDP2's graphs hold the whole parameters, gathered from the shards.
         if any(id(leaf) not in own for leaf in leaves(terms) or ()):
             self.mistakes.append(Mistake("others"))
