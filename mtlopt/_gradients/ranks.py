@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import Gradients, is_sharded, norm
+from mtlopt._gradients.arithmetic import Gradients, device_of, is_sharded, norm
 from mtlopt._gradients.losses import SINGLE_PROCESS, Loss, Ranks
 
 if dist.is_available():
@@ -144,7 +144,7 @@ class SummingRanks(Ranks):
     def check_batches(self, count: int) -> None:
         """Refuses different numbers of micro-batches, which would leave ranks waiting."""
         size = dist.get_world_size(self.group)
-        total, squares = self.total(torch.tensor([count, count**2])).tolist()
+        total, squares = self.total(torch.tensor([count, count**2], device="cpu")).tolist()
         if total**2 != size * squares:
             raise ValueError(
                 "With `features` every rank must have the same number of `micro_batches`, got "
@@ -166,7 +166,7 @@ def choose_ranks(
     every = all_ranks()
     if group is None and every is None:
         return SINGLE_PROCESS
-    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    device = device_of(parameters)
     if reduced or is_sharded(parameters):
         ranks = every if group is None else group
         return SINGLE_PROCESS if ranks is None else ReducingRanks(ranks, device)
@@ -208,7 +208,8 @@ def _agree(
     whether it brought the task at all. From the totals each rank computes the same averages, so
     presence is decided once for all, and no rank takes a backward pass that another does not.
     """
-    like = next((loss.value for losses in seen.values() for loss in losses), torch.zeros(()))
+    nothing = torch.zeros((), device="cpu")
+    like = next((loss.value for losses in seen.values() for loss in losses), nothing)
     # One message for all; float64 represents any realistic count exactly.
     totals = torch.zeros(3, len(seen), dtype=torch.float64, device=device)
     for i, losses in enumerate(seen.values()):
