@@ -29,6 +29,7 @@ from mtlopt._gradients.losses import (
     ReadyLosses,
     Task,
     Values,
+    check_option,
     check_tasks,
     list_batches,
     names_of,
@@ -101,10 +102,7 @@ class MultiTaskOptimizer(Optimizer):
         self._updater = updater
         self._tasks = check_tasks(tasks)
         self.scaler, self.check_finite, self.process_group = options
-        if self.check_finite not in (False, True, "skip"):
-            raise ValueError(
-                f"`check_finite` must be False, True or 'skip', got {self.check_finite!r}."
-            )
+        check_option(self.check_finite)
         if self.scaler is not None and not isinstance(self.scaler, torch.amp.GradScaler):
             raise TypeError(
                 f"`scaler` must be a torch.amp.GradScaler, got {self.scaler!r}: "
@@ -206,8 +204,7 @@ class MultiTaskOptimizer(Optimizer):
         """
 
     def _skipped(self) -> dict[str, Tensor]:
-        lost = [not self._report.skipped.isdisjoint(names_of(task)) for task in self._tasks]
-        return {"skipped": torch.tensor(lost, device="cpu")} if self.check_finite == "skip" else {}
+        return self._report.figures(self._tasks) if self.check_finite == "skip" else {}
 
     _forwards: Forwards = "joint"
     _model_is_wrapped = False

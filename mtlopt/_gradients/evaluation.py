@@ -181,7 +181,7 @@ class Evaluation:
         ranks, tensors = SINGLE_PROCESS, list[Tensor]()
         if isinstance(at, Features):
             ranks = self.ranks  # The rows are of this process's samples.
-            terms, means, tensors = self.ask_recording(self.names, self.batches[0], ranks, at)
+            terms, means, tensors = self.ask_recording(at, self.names, self.batches[0], ranks)
         else:
             tensors = list(at)
             terms, means = self.ask(self.names, self.batches[0], self.ranks)
@@ -308,16 +308,11 @@ class Evaluation:
         return terms, means
 
     def ask_recording(
-        self,
-        names: Sequence[str],
-        batch: tuple[object, ...],
-        ranks: Ranks,
-        at: Features,
-        final: bool = True,
+        self, at: Features, *asked: Any
     ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
-        """Asks for losses, and returns the modules' outputs too."""
+        """Asks for losses as :meth:`ask` does, and returns the modules' outputs too."""
         with at.recording() as calls:
-            terms, means = self.ask(names, batch, ranks, final)
+            terms, means = self.ask(*asked)
         if terms:
             at.check(calls)
         return terms, means, [output for call in calls for output in call.outputs]

@@ -60,7 +60,7 @@ def accumulate(
         for asked in parts if evaluation.is_separate else [names]:
             outputs: list[Tensor] = []
             if isinstance(at, Features):
-                terms, means, outputs = evaluation.ask_recording(asked, batch, ranks, at, final)
+                terms, means, outputs = evaluation.ask_recording(at, asked, batch, ranks, final)
             else:
                 terms, means = evaluation.ask(asked, batch, ranks, final)
             first_terms += terms.values() if batch is batches[0] else ()
