@@ -18,6 +18,8 @@ if dist.is_available():
 
 BUCKET_BYTES = 25 * 2**20
 """Size of a reduction bucket, as in DistributedDataParallel."""
+DENSE = 2**16
+"""Counts a rank with a dense gradient, where 1 counts one with a sparse gradient."""
 
 
 class UnnamedRanks(Ranks):
@@ -96,13 +98,13 @@ class SummingRanks(Ranks):
         """Sums one gradient in flat buckets; None where no rank has a gradient."""
         # Which parameters a task's loss depends on can differ between batches, so the ranks first
         # agree on those that any of them has.
-        has = [[g is not None, g is not None and not _has_rows(g)] for g in gradients]
-        kinds = self.total(torch.tensor(has, dtype=torch.int32, device="cpu")).tolist()
+        has = [0 if g is None else 1 if _has_rows(g) else DENSE for g in gradients]
+        found = self.total(torch.tensor(has, dtype=torch.int32, device="cpu")).tolist()
         sums: Gradients = [None] * len(gradients)
         # In the same order on every rank.
-        for i in [i for i, (given, dense) in enumerate(kinds) if given and not dense]:
+        for i in [i for i, count in enumerate(found) if 0 < count < DENSE]:
             sums[i] = self._sum_sparse(gradients[i], parameters[i])
-        for bucket in _buckets([i for i, (_, dense) in enumerate(kinds) if dense], parameters):
+        for bucket in _buckets([i for i, count in enumerate(found) if count >= DENSE], parameters):
             parts = []
             for i in bucket:
                 gradient = gradients[i]
