@@ -155,7 +155,9 @@ class Follower:
                 self._replace(i, source["params"], own)
             # A scheduler is attached to this task alone; torch's wrap `step`, others may not.
             if ("initial_lr" in own and not self._had_initial[i]) or (
-                not self._ignored and hasattr(self.own.step, "_wrapped_by_lr_sched")
+                "step" in vars(self.own)
+                and not self._ignored
+                and hasattr(self.own.step, "_wrapped_by_lr_sched")
             ):
                 self._overrides[i].add("lr")
             if not (self._given[i].holds(own) and self._panel[i].holds(source)):

@@ -18,6 +18,7 @@ from mtlopt._core.closures import needs_closure
 from mtlopt._core.options import Options
 from mtlopt._core.state import extras, lasting, load, save
 from mtlopt._core.warnings import EMPTY_STEPS, Warnings
+from mtlopt._gradients.arithmetic import device_of
 from mtlopt._gradients.autograd import Ledger
 from mtlopt._gradients.evaluation import Evaluation, Forwards, unscaled
 from mtlopt._gradients.losses import (
@@ -184,8 +185,7 @@ class MultiTaskOptimizer(Optimizer):
         """
 
     def _skipped(self) -> dict[str, Tensor]:
-        lost = [not self._report.skipped.isdisjoint(names_of(task)) for task in self._tasks]
-        return {"skipped": torch.tensor(lost)} if self.check_finite == "skip" else {}
+        return self._report.figures(self._tasks) if self.check_finite == "skip" else {}
 
     def _evaluation(
         self,
@@ -306,7 +306,7 @@ class MultiTaskOptimizer(Optimizer):
 
     @property
     def _device(self) -> torch.device:
-        return next((parameter.device for parameter in self._parameters), torch.device("cpu"))
+        return device_of(self._parameters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as torch takes it, for every task."""

@@ -70,7 +70,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         if order not in ("fixed", "shuffled"):
             raise ValueError(f"`order` must be 'fixed' or 'shuffled', got {order!r}.")
         self.order = order
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         # Changed in place, because Lightning's wrapper shares an optimizer's attributes.
         self._seen: dict[Task, tuple[Tensor | None, Tensor | None]] = {}
         self._wants_norms = [False]
@@ -209,7 +209,8 @@ class SequentialOptimizer(MultiTaskOptimizer):
         return sorted(drawn) if self.order == "fixed" else drawn
 
     def _permutation(self) -> list[int]:
-        drawn: list[int] = torch.randperm(len(self.tasks), generator=self.generator).tolist()
+        options: Any = {"generator": self.generator, "device": "cpu"}
+        drawn: list[int] = torch.randperm(len(self.tasks), **options).tolist()
         return drawn
 
     # Refusals.

@@ -49,7 +49,7 @@ def norm(gradients: Gradients) -> Tensor:
     given = [g for g in gradients if g is not None]
     dense = [local(g.coalesce().values() if g.is_sparse else g) for g in given]
     if not dense:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     if {g.dtype for g in dense} <= HALVES:
         norms = torch._foreach_norm(dense, 2, torch.float32)
     else:
@@ -62,6 +62,12 @@ def norm(gradients: Gradients) -> Tensor:
     for gradient, own in zip(given, norms, strict=True):
         squares.setdefault(spread(gradient), []).append(own.square())
     return sum_over_shards({c: torch.stack(q).sum() for c, q in squares.items()}).sqrt()
+
+
+def device_of(parameters: Sequence[Tensor]) -> torch.device:
+    """Returns the device of the first parameter that is on one; "meta" holds no numbers."""
+    devices = [parameter.device for parameter in parameters] or [torch.device("cpu")]
+    return next((device for device in devices if device.type != "meta"), devices[0])
 
 
 def is_finite(gradients: Gradients) -> Tensor:
@@ -258,7 +264,7 @@ def _products(
             zeros[index[:, None], index] = product
         totals[cut] = totals[cut] + zeros.to(totals[cut]) if cut in totals else zeros
     if not totals:
-        return torch.zeros(count, count, dtype=torch.float64)
+        return torch.zeros(count, count, dtype=torch.float64, device="cpu")
     return sum_over_shards(totals).cpu().double()
 
 

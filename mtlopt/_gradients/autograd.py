@@ -260,7 +260,7 @@ class Ledger:
     def watch(self, parameter: Tensor) -> None:
         """Notes from now on which of the parameter's gradients come from backward passes."""
         hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
-        if _note_backward not in (hooks or {}).values():
+        if parameter.requires_grad and _note_backward not in (hooks or {}).values():
             parameter.register_post_accumulate_grad_hook(_note_backward)
 
     def has_lost(self, parameter: Tensor) -> bool:

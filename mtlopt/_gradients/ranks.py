@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mtlopt._gradients.arithmetic import Gradients, is_sharded, norm
+from mtlopt._gradients.arithmetic import Gradients, device_of, is_sharded, norm
 from mtlopt._gradients.losses import SINGLE_PROCESS, Loss, Ranks
 
 if dist.is_available():
@@ -28,6 +28,8 @@ COMPARED = 32
 """How many feature tensors are compared between ranks."""
 _WRAPPERS = WeakIdKeyDictionary()
 """For the first parameter of an optimizer a weak reference to the DDP that holds it, if any."""
+DENSE = 2**16
+"""Counts a rank with a dense gradient, where 1 counts one with a sparse gradient."""
 
 
 class UnnamedRanks(Ranks):
@@ -129,13 +131,13 @@ class SummingRanks(Ranks):
         """Sums one gradient in flat buckets; None where no rank has a gradient."""
         # Which parameters a task's loss depends on can differ between batches, so the ranks first
         # agree on those that any of them has.
-        has = [[g is not None, g is not None and not _has_rows(g)] for g in gradients]
-        kinds = self.total(torch.tensor(has, dtype=torch.int32, device="cpu")).tolist()
+        has = [0 if g is None else 1 if _has_rows(g) else DENSE for g in gradients]
+        found = self.total(torch.tensor(has, dtype=torch.int32, device="cpu")).tolist()
         sums: Gradients = [None] * len(gradients)
         # In the same order on every rank.
-        for i in [i for i, (given, dense) in enumerate(kinds) if given and not dense]:
+        for i in [i for i, count in enumerate(found) if 0 < count < DENSE]:
             sums[i] = self._sum_sparse(gradients[i], parameters[i])
-        for bucket in _buckets([i for i, (_, dense) in enumerate(kinds) if dense], parameters):
+        for bucket in _buckets([i for i, count in enumerate(found) if count >= DENSE], parameters):
             parts = []
             for i in bucket:
                 gradient = gradients[i]
@@ -201,7 +203,7 @@ class SummingRanks(Ranks):
     def check_batches(self, count: int) -> None:
         """Refuses different numbers of micro-batches, which would leave ranks waiting."""
         size = dist.get_world_size(self.group)
-        total, squares = self.total(torch.tensor([count, count**2])).tolist()
+        total, squares = self.total(torch.tensor([count, count**2], device="cpu")).tolist()
         if total**2 != size * squares:
             raise ValueError(
                 "With `features` every rank must have the same number of `micro_batches`, got "
@@ -223,7 +225,7 @@ def choose_ranks(
     every = all_ranks()
     if group is None and every is None:
         return SINGLE_PROCESS
-    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    device = device_of(parameters)
     if reduced or is_sharded(parameters):
         ranks = every if group is None else group
         return SINGLE_PROCESS if ranks is None else ReducingRanks(ranks, device)
@@ -290,7 +292,8 @@ def _agree(
     whether it brought the task at all. From the totals each rank computes the same averages, so
     presence is decided once for all, and no rank takes a backward pass that another does not.
     """
-    like = next((loss.value for losses in seen.values() for loss in losses), torch.zeros(()))
+    nothing = torch.zeros((), device="cpu")
+    like = next((loss.value for losses in seen.values() for loss in losses), nothing)
     # One message for all; float64 represents any realistic count exactly.
     totals = torch.zeros(3, len(seen), dtype=torch.float64, device=device)
     for i, losses in enumerate(seen.values()):

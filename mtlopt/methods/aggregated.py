@@ -93,7 +93,7 @@ class Aggregated(CombiningOptimizer):
             else None
         )
         # Draws for aggregators that are random, alike on every rank.
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self._seen: dict[str, Tensor] = {}
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -110,8 +110,8 @@ class Aggregated(CombiningOptimizer):
         if len(present) < len(self.tasks):
             self._check_rows(present)
         drawing = drawing_from(self._common_generator)
-        # A caller's autocast is not for the aggregation.
-        with drawing, torch.autocast(self._device.type, enabled=False):
+        # A caller's autocast, or default device, is not for the aggregation.
+        with drawing, torch.autocast(self._device.type, enabled=False), self._input_device:
             if self._weighting is None:
                 return self._by_matrix(rows)
             return self._by_gramian(rows, present)
@@ -125,8 +125,10 @@ class Aggregated(CombiningOptimizer):
             lost = rows.is_scaled and not products.isfinite().all()
             products = self._as_preferences(products)
             weights = [float("nan")] * len(present) if lost else self._weighting(products).tolist()
-        coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
-        coefficients[present] = torch.tensor(weights, dtype=torch.float64)
+        coefficients = torch.full(
+            (len(self.tasks),), float("nan"), dtype=torch.float64, device="cpu"
+        )
+        coefficients[present] = coefficients.new_tensor(weights)
         self._seen["coefficients"] = coefficients
         return rows.combine(weights)
 
@@ -172,9 +174,12 @@ class Aggregated(CombiningOptimizer):
         return {"aggregator": states_of(self.aggregator)}
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
-        # Gramians are on the CPU, matrices where the parameters are.
-        device = self._device if self._weighting is None else torch.device("cpu")
-        restore(self.aggregator, saved.get("aggregator", []), device)
+        restore(self.aggregator, saved.get("aggregator", []), self._input_device)
+
+    @property
+    def _input_device(self) -> torch.device:
+        """Returns where the aggregator's inputs are: Gramians are on the CPU."""
+        return self._device if self._weighting is None else torch.device("cpu")
 
 
 def _stack(rows: list[Gradients], shared: list[int], parameters: Sequence[Tensor]) -> Tensor:

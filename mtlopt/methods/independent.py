@@ -263,5 +263,7 @@ def random_groups(
         raise ValueError(
             f"`size` must be between 1 and {len(names)} (the number of tasks), got {size}."
         )
-    drawn = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+    device = "cpu" if generator is None else generator.device
+    order = torch.randperm(len(names), generator=generator, device=device).tolist()
+    drawn = [names[i] for i in order]
     return tuple(tuple(drawn[i : i + size]) for i in range(0, len(drawn), size))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -111,7 +111,7 @@ class PCGrad(CombiningOptimizer):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
         self.reduction = reduction
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         # Of the last step: products, coefficients and positions of the present tasks.
         self._seen: list[tuple[Tensor, list[float], list[int]]] = []
 
@@ -127,11 +127,11 @@ class PCGrad(CombiningOptimizer):
         if not self._seen:
             return self._skipped()
         products, coefficients, present = self._seen[-1]
-        index, count = torch.tensor(present), len(self.tasks)
-        angles = torch.full((count, count), float("nan"), dtype=torch.float64)
+        index, count = torch.tensor(present, device="cpu"), len(self.tasks)
+        nan = torch.full((), float("nan"), dtype=torch.float64, device="cpu")
+        angles, weights = nan.repeat(count, count), nan.repeat(count)
         angles[index[:, None], index] = cosines(products)
-        weights = torch.full((count,), float("nan"), dtype=torch.float64)
-        weights[index] = torch.tensor(coefficients, dtype=torch.float64)
+        weights[index] = nan.new_tensor(coefficients)
         return {
             "cosines": angles,
             "coefficients": weights,
@@ -142,7 +142,8 @@ class PCGrad(CombiningOptimizer):
     def _combine(self, rows: Rows) -> Gradients:
         # T draws at every step, so that later orders do not depend on absent tasks.
         tasks = self.tasks
-        drawn = [torch.randperm(len(tasks), generator=self.generator).tolist() for _ in tasks]
+        options: Any = {"generator": self.generator, "device": "cpu"}
+        drawn = [torch.randperm(len(tasks), **options).tolist() for _ in tasks]
         present = [k for k, task in enumerate(tasks) if task in rows.gradients]
         if not present:
             return rows.combine([])

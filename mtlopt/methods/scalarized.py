@@ -110,7 +110,7 @@ class Scalarized(CombiningOptimizer):
         if not self._rule.learns_afterwards:
             self._adopt_parameters()
         # Draws for scalarizers that are random, alike on every rank.
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self._seen: dict[str, Tensor] = {}
         self._losses_are_scaled = False
         self._evaluation_to_repeat: Evaluation | None = None
@@ -267,7 +267,7 @@ class Rule:
         """
         losses = losses.detach().requires_grad_()
         # A caller's autocast region is not meant for the rule.
-        with torch.autocast(losses.device.type, enabled=False):
+        with torch.autocast(losses.device.type, enabled=False), losses.device:
             scalar = self.scalarizer(losses)
         held = set(map(id, parameters))
         own = [p for p in self.scalarizer.parameters() if p.requires_grad and id(p) in held]
@@ -293,7 +293,7 @@ class Rule:
             with torch.enable_grad():
                 values = average_losses(evaluation)
             self._needs_graph = True
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), device:
             losses = _stack(sum_by_task(tasks, values), device)
             self.scalarizer.update(losses)  # type: ignore[operator]  # FAMO's
 
