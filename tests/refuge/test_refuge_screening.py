@@ -461,7 +461,7 @@ def test_ctrl_c_is_one_line_and_leaves_what_was_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = []
+    done: list[object] = []
 
     def interrupted(*arguments: Any) -> Any:
         if len(done) == 8:
