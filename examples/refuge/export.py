@@ -7,7 +7,6 @@ network.json: how photographs become that input, and how logits become masks, fo
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -82,7 +81,6 @@ def to_onnx(trained: Trained, settings: Settings) -> bytes:
     Raises:
         InputError: The packages for it are not installed.
     """
-    content = io.BytesIO()
     images = torch.zeros(1, 3, settings.size, settings.size)
     try:
         with warnings.catch_warnings():
@@ -97,10 +95,10 @@ def to_onnx(trained: Trained, settings: Settings) -> bytes:
                 verbose=False,
             )
             assert program is not None
-            program.save(content)
+            content: bytes = program.model_proto.SerializeToString()
     except ImportError as error:
         raise InputError("an export needs ONNX: pip install 'mtlopt[onnx]'.") from error
-    return content.getvalue()
+    return content
 
 
 class Logits(nn.Module):

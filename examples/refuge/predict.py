@@ -17,6 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -71,13 +72,13 @@ def predict(options: argparse.Namespace, failed: list[str]) -> None:
         workers = 0 if len(photographs) < FEW else min(4, os.cpu_count() or 1)
     if workers < 0:
         raise InputError(f"`--workers` must be at least 0, got {workers}.")
-    with Workers(workers) as pool:
+    with Workers(workers) as pool, ExitStack() as opened:
         trained, settings = open_run(options.run, options.device)
         decision = make_decision(options, trained, settings)
         if options.submission:
             submit(options, photographs, pool, (trained, settings, decision), failed)
         else:
-            screen(options, photographs, pool, (trained, settings, decision), failed)
+            screen(options, photographs, pool, (trained, settings, decision), failed, opened)
     for line in failed:
         print(f"predict.py: skipped: {line}", file=sys.stderr)
 
@@ -99,6 +100,7 @@ def screen(
     pool: Workers,
     run: tuple[Trained, Settings, Decision],
     failed: list[str],
+    opened: ExitStack,
 ) -> None:
     """Writes tables, masks, drawings and pages."""
     trained, settings, decision = run
@@ -113,7 +115,7 @@ def screen(
     }
     table: Table | None = None
     if options.resume and (out / "predictions.csv").exists():
-        table = Table(out, call, resume=True)
+        table = opened.enter_context(Table(out, call, resume=True))
     done = {row["photograph"] for row in table.rows} if table else set()
     todo = [photograph for photograph in photographs if photograph.name not in done]
     written: deque[tuple[Future[None], dict[str, str]]] = deque()
@@ -127,7 +129,8 @@ def screen(
             continue
         finding = examine(trained, photograph.file, prepared, decision)
         qualities.append(finding.quality)
-        table = table or Table(out, call, resume=False)
+        if table is None:  # Nothing is written before a photograph could be read.
+            table = opened.enter_context(Table(out, call, resume=False))
         future = pool.start(write_pictures, *_drawing(out, photograph, prepared, finding))
         written.append((future, make_row(photograph, finding, decision)))
         # A row says that its pictures are there.
@@ -135,9 +138,8 @@ def screen(
             _append(table, written)
     if table is None:
         raise InputError(failed[0] if failed else "no photograph was given.")
-    with table:
-        while written:
-            _append(table, written)
+    while written:
+        _append(table, written)
     cards = [make_card(row, decision) for row in table.rows if row["photograph"] in names]
     warnings = warn_of_differences(qualities, decision)
     where = f"{describe(settings.data)} ({options.run.resolve().name})"

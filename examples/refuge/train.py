@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"train.py: interrupted; {advice}", file=sys.stderr)
         return 130
     finally:
-        if out:
+        if out is not None:
             with suppress(OSError):
                 out.rmdir()  # Succeeds only if nothing was written.
     return 0

@@ -288,7 +288,8 @@ def test_one_sentence_says_whether_a_threshold_carries_over(
 def test_each_fold_is_decided_by_a_threshold_of_the_others() -> None:
     """By hand for three folds of 15 healthy and 3 sick photographs, too few to calibrate on."""
     rng = np.random.default_rng(4)
-    folds, right = [], {0: [], 1: []}
+    right: dict[int, list[bool]] = {0: [], 1: []}
+    folds = []
     for _ in range(3):
         labels = np.repeat((1, 0), (3, 15))
         folds.append((labels, np.round(rng.uniform(0, 0.6, 18) + 0.3 * labels, 3), labels == 9))

@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from refuge.errors import InputError
 from refuge.measurement.operating import Calibration, OperatingPoint, read_point
 from refuge.measurement.quality import REASONS, Quality, measure_limits, read_limits, write_limits
 from refuge.photographs.phantoms import draw_eye, draw_phantom
-from refuge.screening.examining import Decision, find_eye
+from refuge.screening.examining import Decision, examine, find_eye
 from refuge.screening.inputs import find_photographs
 from refuge.screening.page import Card, Summary, count, write_pages
 from refuge.screening.results import make_card
@@ -345,3 +347,134 @@ def test_photographs_unlike_the_runs_own_are_warned_of(clinic: Path, tmp_path: P
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "These photographs differ from the run&#x27;s own: " in page
     assert "red (5 of 5)" in page
+
+
+class Trap:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
+
+
+def damage(run: Path, kind: str) -> None:
+    """Damages a copy of a run folder in one of many ways."""
+    best, config = run / "best.pt", run / "config.json"
+    if kind == "truncated":
+        best.write_bytes(best.read_bytes()[:1000])
+    elif kind == "empty":
+        best.write_bytes(b"")
+    elif kind == "flipped":
+        content = bytearray(best.read_bytes())
+        content[:200] = bytes(byte ^ 255 for byte in content[:200])
+        best.write_bytes(bytes(content))
+    elif kind == "pickle":
+        best.write_bytes(pickle.dumps(Trap(run / "ran")))
+    elif kind == "missing":
+        best.unlink()
+    elif kind == "config":
+        config.write_text(config.read_text()[:50])
+    elif kind == "width":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"width": 9}))
+    elif kind == "point":
+        (run / "operating_point.json").write_text('{"thresholds": 3}')
+    elif kind == "quality":
+        (run / "quality.json").write_text('{"brightness": ["a", 1, 2]}')
+    elif kind == "folder":
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "best.pt: not a readable checkpoint"),
+        ("empty", "best.pt: not a readable checkpoint"),
+        ("flipped", "best.pt: not a readable checkpoint"),
+        ("pickle", "best.pt: not a readable checkpoint (it is damaged, or contains more than"),
+        ("missing", "has no best.pt yet"),
+        ("config", "config.json: not readable as JSON"),
+        ("width", "best.pt: not the weights of this run (`width` was 5"),
+        ("point", "operating_point.json: not an operating point"),
+        ("quality", "quality.json: `brightness` must be three numbers"),
+        ("folder", "config.json: not readable as JSON"),
+    ],
+)
+def test_a_damaged_run_is_one_line(
+    clinic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str
+) -> None:
+    """Which never advises to run code from a file, and nothing is written."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(clinic / "run", run)
+    damage(run, kind)
+    picture = next((clinic / "data/test/images").iterdir())
+    assert predict.main([str(run), str(picture), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert "weights_only" not in error
+    assert not out.exists()
+    assert not (run / "ran").exists()
+
+
+def test_names_and_links_of_any_kind_are_taken(clinic: Path, tmp_path: Path) -> None:
+    """Spaces, other alphabets, what HTML means something by, links; several modes of colour."""
+    pictures = sorted((clinic / "data/test/images").iterdir())
+    folder = tmp_path / "пациент & <b>"
+    folder.mkdir()
+    shutil.copy(pictures[0], folder / "œil gauche #1.png")
+    (folder / "link.png").symlink_to(pictures[1])
+    with Image.open(pictures[2]) as picture:
+        picture.convert("CMYK").save(folder / "print.jpg")
+        picture.convert("L").save(folder / "grey.png")
+        picture.convert("RGBA").save(folder / "alpha.png")
+    out = tmp_path / "out"
+    assert predict.main([str(clinic / "run"), str(folder), "--out", str(out)]) == 0
+    rows = read_table(out)
+    assert {row["photograph"] for row in rows} == {
+        *("alpha.png", "grey.png", "link.png", "print.jpg", "œil gauche #1.png")
+    }
+    for row in rows:
+        assert (out / "overlays" / f"{row['output']}.jpg").exists()
+    assert "src='overlays/%C5%93il%20gauche%20%231.jpg'" in (out / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_full_disk_ends_in_one_line(
+    clinic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    """With worker processes too; the draft leads to a device that is always full."""
+    picture = next((clinic / "data/test/images").iterdir())
+    (tmp_path / "masks").mkdir()
+    (tmp_path / f"masks/{picture.stem}.png.part").symlink_to("/dev/full")
+    arguments = [str(clinic / "run"), str(picture), "--out", str(tmp_path), "--workers", workers]
+    assert predict.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{picture.stem}.png: cannot be written (No space left on device)" in error
+
+
+def test_ctrl_c_is_one_line_and_leaves_what_was_made(
+    clinic: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done: list[object] = []
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(done) == 8:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return examine(*arguments)
+
+    monkeypatch.setattr(predict, "examine", interrupted)
+    command = [str(clinic / "run"), str(clinic / "data/test/images"), "--out", str(tmp_path)]
+    assert predict.main([*command, "--workers", "0"]) == 130
+    assert capsys.readouterr().err == "predict.py: interrupted\n"
+    kept = len(read_table(tmp_path))
+    assert kept >= 6
+    monkeypatch.undo()
+    assert predict.main([*command, "--resume"]) == 0
+    assert len(read_table(tmp_path)) == 50

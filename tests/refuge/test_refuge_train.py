@@ -31,7 +31,7 @@ from refuge.files import lock_folder
 from refuge.measurement import figures
 from refuge.measurement.evaluation import Trained
 from refuge.methods import build_network, build_optimizer
-from refuge.network import TASKS
+from refuge.network import TASKS, MultiTaskUNet
 from refuge.photographs.data import load_splits
 from refuge.processes import ONE_PROCESS
 from refuge.run import VALIDATE_EVERY, build_state
@@ -745,8 +745,9 @@ def test_gradients_are_combined_where_the_heads_begin(
     network = build_network(settings)
     optimizer: Any = build_optimizer(settings, network, None)
     pictures = load_splits(str(repacked), 32, seed=0)["train"]
-    seen = []
-    for module in (network.encoder[-1], network.decoder[-1]):  # type: ignore[union-attr, index]
+    seen: list[object] = []
+    assert isinstance(network, MultiTaskUNet)
+    for module in (network.encoder[-1], network.decoder[-1]):
         module.register_forward_hook(lambda _, __, output: seen.append(output))
     losses = train.make_losses(settings, network)
     assert optimizer.step(losses, pictures[[0, 1, 2, 3]]).keys() == set(TASKS)

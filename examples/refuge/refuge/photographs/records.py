@@ -203,7 +203,7 @@ def read_image(file: Path) -> Image.Image:
 def _read_dicom(file: Path) -> Image.Image:
     """Decodes the pixels of a DICOM file, and nothing of what it says about the patient."""
     try:
-        from pydicom.pixels import pixel_array  # noqa: PLC0415  # optional
+        from pydicom.pixels.utils import pixel_array  # noqa: PLC0415  # optional
     except ImportError as error:
         raise InputError(f"{file}: DICOM needs pydicom: pip install 'mtlopt[dicom]'.") from error
     with warnings.catch_warnings():

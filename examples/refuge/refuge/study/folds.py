@@ -16,6 +16,7 @@ from refuge.metrics import auc
 from refuge.study.tables import NAMES, FinishedRun, write_markdown
 
 Array = NDArray[np.float64]
+Labels = NDArray[np.integer]
 
 
 def write_decisions(file: Path, title: str, runs: Sequence[FinishedRun]) -> None:
@@ -43,7 +44,7 @@ def write_decisions(file: Path, title: str, runs: Sequence[FinishedRun]) -> None
     write_text(file, f"{title}\n\n{write_markdown(header, rows)}\n")
 
 
-def cross_validate(folds: Sequence[tuple[Array, Array, NDArray[np.bool_]]]) -> str:
+def cross_validate(folds: Sequence[tuple[Labels, Array, NDArray[np.bool_]]]) -> str:
     """Returns sensitivity and specificity of decisions by the other folds' thresholds.
 
     Args:
@@ -62,14 +63,15 @@ def cross_validate(folds: Sequence[tuple[Array, Array, NDArray[np.bool_]]]) -> s
         labels.append(own_labels)
         lost.append(own_lost)
     whole = OperatingPoint(None, {"specificity": 0.0}, {}, {})
-    pooled = (np.concatenate(part) for part in (labels, scores, lost))
-    found = measure_point(whole, *pooled)["specificity"]
+    found = measure_point(
+        whole, np.concatenate(labels), np.concatenate(scores), np.concatenate(lost)
+    )["specificity"]
     intervals = {name: found[f"{name}_interval"] for name in ("sensitivity", "specificity")}
     text = show_rates(found, "", intervals)
     return f"{text}; {found['ungradable']} ungradable" if found["ungradable"] else text
 
 
-def _read(folder: Path) -> tuple[Array, Array, NDArray[np.bool_]]:
+def _read(folder: Path) -> tuple[Labels, Array, NDArray[np.bool_]]:
     with (folder / "predictions-test.csv").open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
     labels = np.array([int(row["label"] or -1) for row in rows])
