@@ -29,6 +29,7 @@ LABELLED: list[dict[str, tuple[int, ...]]] = [
 ]
 METHODS = (
     "joint",
+    "balanced",
     "pcgrad",
     "gradnorm",
     "aggregated",
@@ -43,6 +44,8 @@ def make(method: str, model: Any, **keywords: Any) -> Any:
     base = torch.optim.Adam(model.parameters(), lr=0.01)
     if method == "joint":
         return mtlopt.JointOptimizer(base, TASKS, {"a": 2.0}, **keywords)
+    if method == "balanced":
+        return mtlopt.Balanced(base, TASKS, every=3, **keywords)
     if method == "pcgrad":
         return mtlopt.PCGrad(base, TASKS, **keywords)
     if method == "gradnorm":

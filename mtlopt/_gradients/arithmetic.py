@@ -47,13 +47,9 @@ def scaled(gradients: Gradients, factor: float) -> Gradients:
 def norm(gradients: Gradients) -> Tensor:
     """Returns the Euclidean norm of a gradient in one pass over it; 0 if it is all None."""
     given = [g for g in gradients if g is not None]
-    dense = [local(g.coalesce().values() if g.is_sparse else g) for g in given]
-    if not dense:
+    norms = norms_of_parts(given)
+    if not norms:
         return torch.zeros(())
-    if {g.dtype for g in dense} <= HALVES:
-        norms = torch._foreach_norm(dense, 2, torch.float32)
-    else:
-        norms = torch._foreach_norm([g.float() if g.dtype in HALVES else g for g in dense])
     if not is_sharded(given):
         total: Tensor = torch.stack([n.to(norms[0]) for n in norms]).norm()
         return total
@@ -62,6 +58,15 @@ def norm(gradients: Gradients) -> Tensor:
     for gradient, own in zip(given, norms, strict=True):
         squares.setdefault(spread(gradient), []).append(own.square())
     return sum_over_shards({c: torch.stack(q).sum() for c, q in squares.items()}).sqrt()
+
+
+def norms_of_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the norm of each tensor, or of this process's shard of it."""
+    dense = [local(g.coalesce().values() if g.is_sparse else g) for g in gradients]
+    if dense and {g.dtype for g in dense} <= HALVES:
+        return list(torch._foreach_norm(dense, 2, torch.float32))
+    wide = [g.float() if g.dtype in HALVES else g for g in dense]
+    return list(torch._foreach_norm(wide)) if wide else []
 
 
 def to_numbers(tensors: Sequence[Tensor]) -> list[float]:

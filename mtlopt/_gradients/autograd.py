@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import Gradients, add, local, norm
+from mtlopt._gradients.arithmetic import Gradients, add, local, norm, norms_of_parts
 
 
 def backward(
@@ -155,6 +155,15 @@ def drop_zeros(parameters: Iterable[Tensor], keep_if_all: bool = False) -> None:
     for parameter, size in zip(given, sizes, strict=True):
         if size == 0:
             parameter.grad = None
+
+
+def norms_at(losses: Sequence[Tensor], gradient: Gradients) -> Gradients:
+    """Returns each tensor's norm in the gradient of the losses; None where a graph gave zeros."""
+    norms = iter(norms_of_parts([g for g in gradient if g is not None]))
+    found: Gradients = [g if g is None else next(norms) for g in gradient]
+    if has_compiled() and is_compiled(*losses):
+        return [n if n is not None and n.item() else None for n in found]
+    return found
 
 
 def has_compiled() -> bool:

@@ -1,6 +1,6 @@
 """Evaluation: turns the losses of one step into gradients, averaged by counts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -17,6 +17,7 @@ from mtlopt._gradients.autograd import (
     grad_of,
     has_compiled,
     is_compiled,
+    norms_at,
     pop_grads,
     set_grads,
     share_a_graph,
@@ -162,6 +163,7 @@ class Evaluation:
         at: Sequence[Tensor] | Features,
         weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
         weights: Weights | None = None,
+        norms_of: Collection[Task] | None = None,
     ) -> Values:
         """Adds the weighted sum's gradient, and shows each task's gradient at some tensors.
 
@@ -173,38 +175,39 @@ class Evaluation:
             at: Parameters, or modules whose outputs are meant.
             weigh: Returns the weights by task, given the rows of gradients there.
             weights: Weights that are known before; those of `weigh` multiply them.
+            norms_of: The only tasks to show, whose rows may hold each tensor's norm instead of it.
 
         Returns:
             The averaged losses by name.
         """
         if len(self.batches) > 1 or self.ranks.wrapped or self.is_separate:
-            return self._add_measured_passes(at, weigh, weights or {})
+            return self._add_measured_passes(at, weigh, weights or {}, norms_of)
         modules = at if isinstance(at, Features) else None
         recording: Any = nullcontext([]) if modules is None else modules.recording()
         with recording as calls:
             terms, means = self.ask(self.names, self.batches[0], self.ranks)
         if terms and modules is not None:
             modules.check(calls)
-        outputs = [output for call in calls for output in call.outputs]
-        tensors = outputs if isinstance(at, Features) else list(at)
+        tensors: Any = at if modules is None else [z for call in calls for z in call.outputs]
         # Rows at features are of this process's samples, those at parameters are summed here.
         ranks = SINGLE_PROCESS if modules is None else self.ranks
         values = {name: mean.value for name, mean in means.items()}
         terms = {n: weighted(term, (weights or {}).get(n, 1.0)) for n, term in terms.items()}
-        losses: dict[Task, Tensor] = {}
         rows: dict[Task, Gradients] = {}
-        for task in present_tasks(self.tasks, values):
-            own = [terms[name] for name in names_of(task) if name in terms]
-            rows[task] = [None] * len(tensors)  # A rank may lack a task that another one has.
-            if own:
-                losses[task] = sum_tensors(own)
-                # Copies, because results of autograd may share memory.
-                gradient = grad_of(self.scale(losses[task]), tensors)
-                rows[task] = [g if g is None else g.clone() for g in gradient]
-            if modules is None:
-                rows[task] = self.ranks.sum(rows[task], tensors)
+        shown = [task for task in self.tasks if norms_of is None or task in norms_of]
+        for task in present_tasks(shown, values):
+            row: Gradients = [None] * len(tensors)  # A rank may lack a task that another one has.
+            if own := [terms[name] for name in names_of(task) if name in terms]:
+                row = grad_of(self.scale(sum_tensors(own)), tensors)
+            # Copies, because results of autograd may share memory.
+            if modules is None and self.ranks.reduces:
+                row = self.ranks.sum(row, tensors)
+            elif norms_of is None:
+                row = [g if g is None else g.clone() for g in row]
+            rows[task] = row if norms_of is None else norms_at(own, row)
         found = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
-        self._add_pass([weighted(loss, found[task]) for task, loss in losses.items()])
+        by_name = {name: weight for task, weight in found.items() for name in names_of(task)}
+        self._add_pass([weighted(term, by_name[name]) for name, term in terms.items()])
         return values
 
     @torch.enable_grad()
@@ -359,6 +362,7 @@ class Evaluation:
         at: Sequence[Tensor] | Features,
         weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
         weights: Weights,
+        norms_of: Collection[Task] | None,
     ) -> Values:
         """Weights whole gradients, by rows that are a part of them or were recorded with them."""
         whole, at_outputs = self.per_task(at if isinstance(at, Features) else None, weights)
@@ -369,8 +373,11 @@ class Evaluation:
             parts: dict[Task, Gradients] = {}
             for task, gradient in whole.gradients.items():
                 own = [gradient[position[id(tensor)]] for tensor in at]
-                parts[task] = [g if g is None else g.clone() for g in own]
+                # Copies, but for norms, which are taken before the gradient changes.
+                parts[task] = own if norms_of else [g if g is None else g.clone() for g in own]
             rows = replace(whole, gradients=parts, tensors=at)
+        for task in rows.gradients.keys() - (rows.gradients if norms_of is None else norms_of):
+            del rows.gradients[task]
         found = weigh(rows)
         for task, factor in _to_floats({t: found[t] for t in whole.gradients}).items():
             add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
