@@ -128,11 +128,11 @@ def test_a_run_is_the_loop_by_hand(place: str) -> None:
     twin.trunk.register_forward_hook(lambda *arguments: outputs.append(arguments[2]))
     for step, (x, y) in enumerate(batches(25)):
         optimizer.step(make_losses(model), x, y)
-        shared: Sequence[Tensor] = {
+        shared: dict[str, list[Tensor]] = {
             "parameters": list(twin.trunk.parameters()),
-            "shared": [twin.trunk[2].weight],
+            "shared": list(twin.trunk[2].parameters()),
             "features": outputs,
-        }[place]
+        }
         outputs.clear()
         reference.balanced(
             base,
@@ -140,7 +140,7 @@ def test_a_run_is_the_loop_by_hand(place: str) -> None:
             TASKS,
             x,
             y,
-            shared=shared,
+            shared=shared[place],
             squares=squares,
             shares={"a": 3.0, "b": 1.0, "c": 1.0},
             measure=step % 10 == 0,
@@ -317,7 +317,7 @@ def test_by_losses_the_weights_follow_averages_of_the_losses(micro: bool) -> Non
             averages[t] = 0.5 * averages.get(t, value.detach()) + 0.5 * value.detach()
         mean = sum(averages.values()) / len(averages)
         base.zero_grad()
-        sum(mean / averages[t] * value for t, value in values.items()).backward()
+        torch.stack([mean / averages[t] * value for t, value in values.items()]).sum().backward()
         base.step()
         assert_close(model, twin, atol=1e-10)
 
@@ -461,6 +461,38 @@ def test_an_overflow_is_not_noted_and_the_next_step_measures(place: str, form: s
                 assert optimizer.weights == pytest.approx(plain.weights, rel=1e-12)
                 assert_close(model, twin)
     assert len(optimizer._averages.by_task) == 3
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_measurement_whose_gradient_was_not_applied_is_not_saved(cleared: bool) -> None:
+    """As after an overflow in the imperative form: gradients are not saved either."""
+    model = Network()
+    optimizer = make(model, every=1)
+    (x, y), (x2, y2) = batches(2)
+    optimizer.step(make_losses(model), x, y)
+    weights = optimizer.weights
+    optimizer.backward(make_losses(model)(TASKS, x2, y2))
+    if cleared:
+        optimizer.zero_grad()
+    again = make(Network(), every=1)
+    again.load_state_dict(by_file(optimizer.state_dict()))
+    assert again.weights == weights != optimizer.weights
+
+
+def test_a_step_without_tasks_does_not_count() -> None:
+    model = Network()
+    optimizer = make(model, every=2)
+    x, y = batches(1)[0]
+    optimizer.step(make_losses(model), x, y)
+    optimizer.step({})
+    optimizer.zero_grad()
+    optimizer.backward({})
+    optimizer.step()
+    weights = optimizer.weights
+    optimizer.step(make_losses(model), x, y)
+    assert optimizer.weights == weights
+    optimizer.step(make_losses(model), x, y)
+    assert optimizer.weights != weights
 
 
 def test_a_zero_or_infinite_norm_is_not_noted() -> None:

@@ -181,6 +181,11 @@ class Balanced(CombiningOptimizer):
         return super()._take_step(evaluation)
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
+        values = self._add_weighted_sum(evaluation)
+        self._averages.began |= bool(values)
+        return values
+
+    def _add_weighted_sum(self, evaluation: Evaluation) -> Values:
         averages, parameters = self._averages, evaluation.parameters
         if self._features is not None:
             refuse_shards(parameters)
@@ -278,6 +283,8 @@ class Averages:
         self.due: set[Task] = set()
         # The tasks whose losses have depended on each parameter: absent ones count as well.
         self.reached: list[set[Task]] = []
+        # Whether any task was present since the last step.
+        self.began = False
         # Averages and due tasks before this step's measurement.
         self.earlier: tuple[dict[Task, float], set[Task]] | None = None
 
@@ -311,8 +318,8 @@ class Averages:
 
     def finish(self) -> None:
         """Ends a step that was taken."""
-        self.earlier = None
-        self.steps += 1
+        self.steps += self.began
+        self.earlier, self.began = None, False
 
     def undo(self) -> None:
         """Forgets the measurement of a step that was not taken."""
@@ -326,10 +333,12 @@ class Averages:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all but the latest measurement, which is for diagnostics alone."""
-        averages = [self.by_task.get(task, math.nan) for task in self.tasks]
+        # Gradients are not saved, so a step that has only begun is not either.
+        by_task, due = self.earlier or (self.by_task, self.due)
+        averages = [by_task.get(task, math.nan) for task in self.tasks]
         return {
             "averages": torch.tensor(averages, dtype=torch.float64),
-            "due": [task in self.due for task in self.tasks],
+            "due": [task in due for task in self.tasks],
             "reached": [[t in own for t in self.tasks] for own in self.reached],
             "steps": self.steps,
         }
