@@ -3,7 +3,8 @@
 python -m benchmarks.features --tasks 2 4 8 40
 
 A ResNet-18 trunk with a linear head of ten classes for each of T tasks, SGD with momentum; and the
-glaucoma network, whose encoder's five stages are the features. Times are of the processor, on one
+glaucoma network, cut where its heads begin: at the outputs of its encoder and of its decoder. A
+step of Balanced is the mean over ten, of which one measures. Times are of the processor, on one
 thread, where the device is one: a shared machine lengthens a step, not its work.
 """
 
@@ -26,7 +27,17 @@ sys.path.append(str(Path(__file__).parents[1] / "examples" / "refuge"))
 from refuge.network import TASKS, MultiTaskUNet
 
 BY_HAND = "joint, by hand"
-NAMES = (BY_HAND, "joint", "pcgrad", "pcgrad, features", "gradnorm, features", "upgrad, features")
+NAMES = (
+    BY_HAND,
+    "joint",
+    "balanced",
+    "balanced, features",
+    "pcgrad",
+    "pcgrad, features",
+    "gradnorm, features",
+    "upgrad, features",
+)
+EVERY = 10
 SLOW = ("pcgrad", "upgrad, features")  # not for many tasks
 MANY = 8
 
@@ -57,7 +68,8 @@ class Problem:
         else:
             self.tasks = TASKS
             network = MultiTaskUNet(width=options.width).to(options.device)
-            self.model, self.features = network, list(network.encoder)
+            self.model = network
+            self.features = [network.encoder[-1], network.decoder[-1]]
 
             def losses(tasks: Sequence[str]) -> dict[str, Tensor]:
                 return {t: logits.square().mean() for t, logits in network(x, tasks).items()}
@@ -80,6 +92,10 @@ def make_step(name: str, count: int, options: argparse.Namespace) -> Callable[[]
     optimizer: mtlopt.MultiTaskOptimizer
     if name == "joint":
         optimizer = mtlopt.JointOptimizer(base, tasks)
+    elif name.startswith("balanced"):
+        optimizer = mtlopt.Balanced(
+            base, tasks, features=features if "," in name else None, every=EVERY
+        )
     elif name.startswith("pcgrad"):
         optimizer = mtlopt.PCGrad(base, tasks, features=features if "," in name else None)
     elif name.startswith("gradnorm"):
@@ -91,8 +107,12 @@ def make_step(name: str, count: int, options: argparse.Namespace) -> Callable[[]
     return lambda: optimizer.step(problem.losses)
 
 
-def names_for(count: int) -> list[str]:
-    return [name for name in NAMES if count <= MANY or name not in SLOW]
+def names_for(count: int, options: argparse.Namespace) -> list[str]:
+    return [name for name in options.methods if count <= MANY or name not in SLOW]
+
+
+def repeated(step: Callable[[], object], times: int) -> Callable[[], object]:
+    return lambda: [step() for _ in range(times)]
 
 
 def measure(child: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -103,10 +123,12 @@ def measure(child: str, options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(3):
             step()
         return {"bytes": timing.peak_memory(options.device)}
-    steps = {n: make_step(n, int(count), options) for n in names_for(int(count))}
+    lengths = {n: EVERY if n.startswith("balanced") else 1 for n in names_for(int(count), options)}
+    steps = {n: repeated(make_step(n, int(count), options), k) for n, k in lengths.items()}
     cases = {n: lambda step=step: step for n, step in steps.items()}
     clock = time.process_time if options.device == "cpu" else time.perf_counter
-    return timing.seconds(cases, options.repetitions, options.device, clock=clock)
+    found = timing.seconds(cases, options.repetitions, options.device, clock=clock)
+    return {name: [time / lengths[name] for time in own] for name, own in found.items()}
 
 
 def main() -> None:
@@ -115,28 +137,34 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the pictures")
     parser.add_argument("--width", type=int, default=16, help="of the glaucoma network")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--times-only", action="store_true", help="leave out the peak memory")
     options = parser.parse_args()
+    options.methods = [BY_HAND, *(name for name in options.methods if name != BY_HAND)]
     torch.set_num_threads(1)
     if options.child:
         print(json.dumps(measure(options.child, options)))
         return
     arguments = ["--size", options.size, "--width", options.width]
-    arguments += ["--batch-size", options.batch_size]
+    arguments += ["--batch-size", options.batch_size, "--methods", *options.methods]
     rows = []
     for count in [*options.tasks, 0]:
         children = [f"times:{count}"] * options.processes
         results = timing.in_processes(options, children, list(map(str, arguments)))
         found = timing.medians(results)
-        names = names_for(count)
-        peaks = timing.in_processes(
-            options, [f"memory:{count}:{name}" for name in names], list(map(str, arguments))
-        )
-        for name, peak in zip(names, peaks, strict=True):
-            more = (peak["bytes"] - peaks[0]["bytes"]) / 2**20
+        names = names_for(count, options)
+        children = [] if options.times_only else [f"memory:{count}:{name}" for name in names]
+        peaks = [
+            peak["bytes"] / 2**20
+            for peak in timing.in_processes(options, children, list(map(str, arguments)))
+        ]
+        for position, name in enumerate(names):
+            more = f"{peaks[position] - peaks[0]:+.0f}" if peaks else ""
             label = f"ResNet-18, T = {count}" if count else "glaucoma network, T = 4"
             times = [f"{1e3 * found[name]:.0f}", timing.ratio(results, name, BY_HAND)]
-            rows.append([label, name, *times, f"{more:+.0f}"])
+            rows.append([label, name, *times, more])
     text = (
+        f"A step of Balanced is the mean over {EVERY}, of which one measures. "
         f"Batches of {options.batch_size} pictures of {options.size} x {options.size}; the "
         f"glaucoma network of width {options.width}. Medians of {options.processes} processes' "
         f"medians over {options.repetitions} interleaved steps; ratios with their range over the "

@@ -1,4 +1,4 @@
-"""One training loop, five methods: three tasks in conflict, on made-up data, in seconds.
+"""One training loop, six methods: three tasks in conflict, on made-up data, in seconds.
 
 python examples/quickstart.py --method pcgrad
 python examples/quickstart.py --method gradnorm --plot runs/quickstart
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mtlopt
 
-METHODS = ("independent", "alternating", "joint", "pcgrad", "gradnorm")
+METHODS = ("independent", "alternating", "joint", "balanced", "pcgrad", "gradnorm")
 TASKS = ("price", "days", "sold")
 Targets = Mapping[str, Tensor]
 Losses = Callable[[Sequence[str], Tensor, Targets], dict[str, Tensor]]
@@ -74,6 +74,8 @@ def make_optimizer(
         return mtlopt.AlternatingOptimizer(adam, TASKS, record=record)
     if method == "joint":
         return mtlopt.JointOptimizer(adam, TASKS, process_group=group)
+    if method == "balanced":
+        return mtlopt.Balanced(adam, TASKS, shared=last, process_group=group)
     if method == "pcgrad":
         return mtlopt.PCGrad(adam, TASKS, process_group=group)
     return mtlopt.GradNorm(adam, TASKS, shared=last, process_group=group)
@@ -111,7 +113,7 @@ class Plots:
 
     def close(self) -> None:
         self.writer.close()
-        shown = ("losses", "weights", "update_shares")
+        shown = ("losses", "weights", "shares", "update_shares")
         names = [name for name in shown if name in self.curves]
         axes = self.figure.subplots(1, len(names), squeeze=False)[0]
         for ax, name in zip(axes, names, strict=True):
@@ -124,7 +126,7 @@ class Plots:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train three tasks with one of five methods.")
+    parser = argparse.ArgumentParser(description="Train three tasks with one of six methods.")
     parser.add_argument("--method", choices=METHODS, default="independent")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures and event files")

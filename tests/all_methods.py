@@ -11,8 +11,8 @@ from torch.optim import SGD
 import mtlopt
 from problems import TASKS, Network
 
-WRAPPERS = ("joint", "pcgrad", "gradnorm", "aggregated", "alternating")
-ONE_STEP = ("joint", "pcgrad", "gradnorm", "aggregated")
+WRAPPERS = ("joint", "balanced", "pcgrad", "gradnorm", "aggregated", "alternating")
+ONE_STEP = ("joint", "balanced", "pcgrad", "gradnorm", "aggregated")
 INDEPENDENT = ("independent", "simultaneous")
 METHODS = (*WRAPPERS, *INDEPENDENT)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -25,6 +25,7 @@ def wrapper(method: str, shared: Any = None) -> Callable[..., Any]:
 
     wrappers: dict[str, Callable[..., Any]] = {
         "joint": mtlopt.JointOptimizer,
+        "balanced": lambda base, tasks, **k: mtlopt.Balanced(base, tasks, every=2, **k),
         "pcgrad": mtlopt.PCGrad,
         "gradnorm": lambda base, tasks, **k: mtlopt.GradNorm(base, tasks, shared=[shared], **k),
         "aggregated": lambda base, tasks, **k: mtlopt.Aggregated(base, tasks, Sum(), **k),

@@ -118,6 +118,10 @@ class Plain:
         self.weights = [torch.ones((), requires_grad=True) for _ in TASKS]
         self.weights_adam = Adam(self.weights, lr=0.025)
         self.first_losses: dict[str, Tensor] = {}
+        self.squares: dict[str, float] = {}
+        self.due: set[str] = set()
+        self.count = 0
+        self.users: dict[int, set[str]] = {}
 
     def draw(self) -> list[int]:
         drawn: list[int] = torch.randperm(len(TASKS), generator=self.generator).tolist()
@@ -199,7 +203,47 @@ class Plain:
             for task in [task for task in values if task not in lost]:
                 self.update(task, gradient[task])
             return values
+        if self.method == "balanced":
+            return self.balanced_step(parts, bool(lost - {None}), form)
         return self.one_step(parts, bool(lost - {None}))
+
+    def balanced_step(
+        self, parts: Sequence[Part], lost: bool, form: str, every: int = 3
+    ) -> dict[str, Tensor]:
+        """Measures tasks that are due and present over what two tasks have been seen to share."""
+        values, gradients = self.differentiate(TASKS, parts)
+        due = set(TASKS) if self.count % every == 0 else self.due
+        measured = [task for task in values if task in due]
+        parameters = list(self.model.parameters())
+        for task in measured:
+            for parameter, part in zip(parameters, gradients[task], strict=True):
+                if part is not None:
+                    self.users.setdefault(id(parameter), set()).add(task)
+        squares = dict(self.squares)
+        for task in measured:
+            new = sum(
+                float(part.square().sum())
+                for parameter, part in zip(parameters, gradients[task], strict=True)
+                if part is not None and len(self.users[id(parameter)]) > 1
+            )
+            if new > 0:
+                squares[task] = 0.9 * squares.get(task, new) + 0.1 * new
+        if not values or (lost and (due or form == "imperative")):
+            return values
+        self.squares, self.due, self.count = squares, due - {*measured}, self.count + 1
+        if not lost:
+            sizes = {task: square**0.5 for task, square in squares.items()}
+            mean = sum(sizes.values()) / max(len(sizes), 1)
+            weights = {task: mean / sizes[task] if task in sizes else 1.0 for task in values}
+            total: Gradient = [None] * len(parameters)
+            for task, weight in weights.items():
+                own = [g if g is None else weight * g for g in gradients[task]]
+                total = [
+                    b if a is None else a if b is None else a + b
+                    for a, b in zip(total, own, strict=True)
+                ]
+            self.update("a", total)
+        return values
 
     def one_step(self, parts: Sequence[Part], lost: bool) -> dict[str, Tensor]:
         slopes: dict[str, Tensor] = {}

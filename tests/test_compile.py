@@ -19,6 +19,10 @@ from problems import TASKS, Network, assert_equal, batches, make_losses, snapsho
 
 METHODS: dict[str, Callable[..., Any]] = {
     "joint": lambda base, model: mtlopt.JointOptimizer(base(model), TASKS),
+    "balanced": lambda base, model: mtlopt.Balanced(base(model), TASKS, every=2),
+    "balanced-per-task": lambda base, model: mtlopt.Balanced(
+        base(model), TASKS, every=2, forwards="per-task"
+    ),
     "alternating": lambda base, model: mtlopt.AlternatingOptimizer(base(model), TASKS),
     "pcgrad": lambda base, model: mtlopt.PCGrad(base(model), TASKS),
     "pcgrad-per-task": lambda base, model: mtlopt.PCGrad(base(model), TASKS, forwards="per-task"),
@@ -43,7 +47,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     ),
 }
 # Several backward passes through one forward pass.
-ONE_GRAPH = ("pcgrad", "gradnorm", "aggregated", "simultaneous")
+ONE_GRAPH = ("balanced", "pcgrad", "gradnorm", "aggregated", "simultaneous")
 # Of steps of 0.01: torch's compiled AdamW corrects its moments' bias in float32.
 ROUNDING = 1e-5
 

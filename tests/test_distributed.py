@@ -29,6 +29,7 @@ LABELLED: list[dict[str, tuple[int, ...]]] = [
 ]
 METHODS = (
     "joint",
+    "balanced",
     "pcgrad",
     "gradnorm",
     "aggregated",
@@ -43,8 +44,10 @@ def make(method: str, model: Any, **keywords: Any) -> Any:
     base = torch.optim.Adam(model.parameters(), lr=0.01)
     if method == "joint":
         return mtlopt.JointOptimizer(base, TASKS, {"a": 2.0}, **keywords)
-    if method == "pcgrad":
-        return mtlopt.PCGrad(base, TASKS, **keywords)
+    if method in ("balanced", "pcgrad"):
+        own = {"every": 3} if method == "balanced" else {}
+        found = {"balanced": mtlopt.Balanced, "pcgrad": mtlopt.PCGrad}[method]
+        return found(base, TASKS, **own, **keywords)
     if method == "gradnorm":
         shared = [p for name, p in model.named_parameters() if name.endswith("trunk.2.weight")]
         return mtlopt.GradNorm(base, TASKS, shared=shared, **keywords)

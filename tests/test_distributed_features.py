@@ -17,12 +17,14 @@ from spawned import start
 
 STEPS = 5
 SIZE = 12
-METHODS = ("pcgrad", "gradnorm", "aggregated")
+METHODS = ("balanced", "pcgrad", "gradnorm", "aggregated")
 
 
 def make(method: str, model: Network, **keywords: Any) -> Any:
     base = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
     keywords["features"] = model.trunk
+    if method == "balanced":
+        return mtlopt.Balanced(base, TASKS, every=3, **keywords)
     if method == "pcgrad":
         return mtlopt.PCGrad(base, TASKS, **keywords)
     if method == "gradnorm":

@@ -362,7 +362,11 @@ def test_a_class_for_an_instance_is_an_error_that_asks_for_an_instance(
 ) -> None:
     """IndependentOptimizer takes a class, so swapping methods in one line leads here."""
     model = Network()
-    classes: dict[str, Any] = {"gradnorm": mtlopt.GradNorm, "aggregated": mtlopt.Aggregated}
+    classes: dict[str, Any] = {
+        "balanced": mtlopt.Balanced,
+        "gradnorm": mtlopt.GradNorm,
+        "aggregated": mtlopt.Aggregated,
+    }
     call = classes.get(method) or wrapper(method)
     with pytest.raises(TypeError, match=r"(?i)pass an instance") as caught:
         call(Adam, model.parameters(), TASKS, **options)

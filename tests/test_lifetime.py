@@ -26,6 +26,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "joint": lambda m: mtlopt.JointOptimizer(Adam(m.parameters()), TASKS),
     "pcgrad": lambda m: mtlopt.PCGrad(Adam(m.parameters()), TASKS),
     "pcgrad, features": lambda m: mtlopt.PCGrad(Adam(m.parameters()), TASKS, features=m.trunk),
+    "balanced": lambda m: mtlopt.Balanced(Adam(m.parameters()), TASKS),
     "gradnorm": lambda m: mtlopt.GradNorm(Adam(m.parameters()), TASKS, shared=[m.trunk[2].weight]),
     "aggregated": lambda m: mtlopt.Aggregated(
         Adam(m.parameters()), TASKS, torchjd.aggregation.UPGrad()

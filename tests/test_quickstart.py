@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart.py"
-METHODS = ["independent", "alternating", "joint", "pcgrad", "gradnorm"]
+METHODS = ["independent", "alternating", "joint", "balanced", "pcgrad", "gradnorm"]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,7 @@ def test_the_tasks_conflict_at_the_start(
     [
         ("joint", {"trunk_norms/sold"}),
         ("independent", {"gradient_norms/sold", "update_shares/sold"}),
+        ("balanced", {"weights/sold", "norms/sold", "shares/sold"}),
         ("pcgrad", {"conflict_fraction", "coefficients/sold"}),
         ("gradnorm", {"weights/sold", "norms/sold"}),
     ],

@@ -209,4 +209,4 @@ def test_ranks_leave_out_the_same_tasks(tmp_path: Path) -> None:
         assert_equal(weights, first[method, True])
 
 
-assert {*PER_TASK, "joint"} == {*METHODS}
+assert {*PER_TASK, "joint", "balanced"} == {*METHODS}

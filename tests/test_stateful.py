@@ -35,6 +35,7 @@ GAMMA = 0.9
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "joint": (mtlopt.JointOptimizer, {}),
     "joint, per task": (mtlopt.JointOptimizer, {"forwards": "per-task"}),
+    "balanced": (mtlopt.Balanced, {"every": 3}),
     "alternating": (mtlopt.AlternatingOptimizer, {}),
     "alternating, shuffled": (mtlopt.AlternatingOptimizer, {"order": "shuffled"}),
     "independent": (mtlopt.IndependentOptimizer, {}),
@@ -200,7 +201,7 @@ class RandomSequence(RuleBasedStateMachine):
         # The order of a sum differs over micro-batches, over forward passes, and in Gram space.
         exact = (
             len(parts) == 1
-            and not self.method.startswith("pcgrad")
+            and not self.method.startswith(("pcgrad", "balanced"))
             and not (self.method.endswith(", per task") and form != "ready")
         )
         tolerance = 0.0 if exact else 1e-12
@@ -310,6 +311,8 @@ class RandomSequence(RuleBasedStateMachine):
         if self.separate_heads:
             # With unequal counts the second optimizer's gradients cannot be right.
             several = [part._replace(labels=ALL) for part in several]
+            if self.method == "balanced":  # Nor where weights follow from all micro-batches.
+                several = several[:1]
         before = self.belongings(TASKS)
         with self.second_optimizer():
             values = self.optimizer.step(self.losses, micro_batches=[(part,) for part in several])

@@ -1,6 +1,7 @@
 """No step synchronises with the device more often than its method requires."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -62,6 +63,7 @@ def wrapping(method: Any) -> Make:
 
 METHODS: dict[str, Make] = {
     "joint": wrapping(mtlopt.JointOptimizer),
+    "balanced": wrapping(partial(mtlopt.Balanced, every=2)),
     "alternating": wrapping(mtlopt.AlternatingOptimizer),
     "independent": independent,
     "pcgrad": wrapping(mtlopt.PCGrad),
@@ -73,8 +75,10 @@ METHODS: dict[str, Make] = {
     "dwa": scalarized(scalarization.DWA),
     "stch": scalarized(lambda: scalarization.STCH(0.1)),
 }
-TO_HOST = {"pcgrad": 1, "gradnorm": 1, "upgrad": 1, "mgda": 1}
+TO_HOST = {"balanced": 1, "pcgrad": 1, "gradnorm": 1, "upgrad": 1, "mgda": 1}
 """Copies per step, where there are any. ConFIG works on the whole matrix, on the device."""
+NOT_EVERY_STEP = {"balanced"}
+"""Measures at the first of three steps and the last, and copies nothing between."""
 
 SCALARIZED = ("dwa", "stch")
 
@@ -132,19 +136,28 @@ def test_a_step_copies_to_the_host_once_or_never(method: str, foreach: bool) -> 
     """
     usual = (TO_HOST.get(method, 0), 0)
     first = (1, 0) if method in SCALARIZED else usual
-    assert run(method, foreach=foreach) == [first, usual, usual]
+    second = (0, 0) if method in NOT_EVERY_STEP else usual
+    assert run(method, foreach=foreach) == [first, second, usual]
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "upgrad", "mean"])
+@pytest.mark.parametrize("method", ["balanced", "pcgrad", "gradnorm", "upgrad", "mean"])
 def test_a_step_at_the_features_copies_to_the_host_once_or_never(method: str) -> None:
-    assert run(method, features=True) == [(TO_HOST.get(method, 0), 0)] * 3
+    usual = (TO_HOST.get(method, 0), 0)
+    second = (0, 0) if method in NOT_EVERY_STEP else usual
+    assert run(method, features=True) == [usual, second, usual]
+
+
+def test_balanced_by_losses_copies_them_once_a_step() -> None:
+    assert run("balanced", make={"by": "losses", "every": 10}) == [(1, 0)] * 3
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_check_finite_copies_once_per_task(method: str) -> None:
     """As documented; and the count does see a step that synchronises."""
     expected = TO_HOST.get(method, 0) + len(TASKS) + (method in SCALARIZED)
-    assert [host for host, _ in run(method, make={"check_finite": True})] == [expected] * 3
+    fewer = method in NOT_EVERY_STEP
+    found = [host for host, _ in run(method, make={"check_finite": True})]
+    assert found == [expected, expected - fewer, expected]
 
 
 @pytest.mark.parametrize("method", ["alternating", "independent"])

@@ -47,13 +47,9 @@ def scaled(gradients: Gradients, factor: float) -> Gradients:
 def norm(gradients: Gradients) -> Tensor:
     """Returns the Euclidean norm of a gradient in one pass over it; 0 if it is all None."""
     given = [g for g in gradients if g is not None]
-    dense = [local(g.coalesce().values() if g.is_sparse else g) for g in given]
-    if not dense:
+    norms = norms_of_parts(given)
+    if not norms:
         return torch.zeros((), device="cpu")
-    if {g.dtype for g in dense} <= HALVES:
-        norms = torch._foreach_norm(dense, 2, torch.float32)
-    else:
-        norms = torch._foreach_norm([g.float() if g.dtype in HALVES else g for g in dense])
     if not is_sharded(given):
         total: Tensor = torch.stack([n.to(norms[0]) for n in norms]).norm()
         return total
@@ -77,6 +73,15 @@ def is_finite(gradients: Gradients) -> Tensor:
         return norm(gradients).isfinite()
     flags = [(g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in given]
     return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+
+
+def norms_of_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the norm of each tensor, or of this process's shard of it."""
+    dense = [local(g.coalesce().values() if g.is_sparse else g) for g in gradients]
+    if dense and {g.dtype for g in dense} <= HALVES:
+        return list(torch._foreach_norm(dense, 2, torch.float32))
+    wide = [g.float() if g.dtype in HALVES else g for g in dense]
+    return list(torch._foreach_norm(wide)) if wide else []
 
 
 def to_numbers(tensors: Sequence[Tensor]) -> list[float]:

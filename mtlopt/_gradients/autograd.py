@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from mtlopt._gradients.arithmetic import Gradients, add, is_sharded, local, norm
+from mtlopt._gradients.arithmetic import Gradients, add, is_sharded, local, norm, norms_of_parts
 
 SECOND_PASS_OF_DDP = ("marked ready only once", "marked as ready twice", "still allreduced by DDP")
 """What torch says of a second backward pass, unless it fails to reduce it in silence."""
@@ -156,6 +156,15 @@ def drop_zeros(parameters: Iterable[Tensor], keep_if_all: bool = False) -> None:
     for parameter, size in zip(given, sizes, strict=True):
         if size == 0:
             parameter.grad = None
+
+
+def norms_at(losses: Sequence[Tensor], gradient: Gradients) -> Gradients:
+    """Returns each tensor's norm in the gradient of the losses; None where a graph gave zeros."""
+    norms = iter(norms_of_parts([g for g in gradient if g is not None]))
+    found: Gradients = [g if g is None else next(norms) for g in gradient]
+    if has_compiled() and is_compiled(*losses):
+        return [n if n is not None and n.item() else None for n in found]
+    return found
 
 
 def has_compiled() -> bool:

@@ -1,6 +1,6 @@
 """Evaluation: turns the losses of one step into gradients, averaged by counts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -24,6 +24,7 @@ from mtlopt._gradients.autograd import (
     grad_of,
     has_compiled,
     is_compiled,
+    norms_at,
     pop_grads,
     set_grads,
 )
@@ -166,8 +167,8 @@ class Evaluation:
                 total = self.ranks.sum(total, self.parameters)
             gradients[task] = total
             at_outputs[task] = there
-        if self.losses.check_finite == "skip":
-            self._drop_lost(gradients, at_outputs, sums.values)
+        if self.losses.check_finite == "skip" and not self.is_scaled:
+            self.report.drop_lost(gradients, at_outputs, sums.values)
         return Rows(gradients, self.parameters, sums.values, self.is_scaled), at_outputs
 
     @torch.enable_grad()
@@ -176,6 +177,7 @@ class Evaluation:
         at: Sequence[Tensor] | Features,
         weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
         weights: Weights | None = None,
+        norms_of: Collection[Task] | None = None,
     ) -> Values:
         """Adds the weighted sum's gradient, and shows each task's gradient at some tensors.
 
@@ -186,40 +188,42 @@ class Evaluation:
             at: Parameters, or modules whose outputs are meant.
             weigh: Returns the weights by task, given the rows of gradients there.
             weights: Weights that are known before; those of `weigh` multiply them.
+            norms_of: The only tasks to show, whose rows may hold each tensor's norm instead of it.
 
         Returns:
             The averaged losses by name.
         """
         if len(self.batches) > 1 or self.ranks.wrapped or self.is_separate:
-            return self._add_measured_passes(at, weigh, weights or {})
+            return self._add_measured_passes(at, weigh, weights or {}, norms_of)
         modules = at if isinstance(at, Features) else None
         recording: Any = nullcontext([]) if modules is None else modules.recording()
         with recording as calls:
             terms, means = self.ask(self.names, self.batches[0], self.ranks)
         if modules is not None:
             modules.check(calls, self.ranks, bool(terms))
-        outputs = [output for call in calls for output in call.outputs]
-        tensors = outputs if isinstance(at, Features) else list(at)
+        tensors: Any = at if modules is None else [z for call in calls for z in call.outputs]
         # Rows at features are of this process's samples, those at parameters are summed here.
         ranks = SINGLE_PROCESS if modules is None else self.ranks
         values = {name: mean.value for name, mean in means.items()}
         terms = {n: weighted(term, (weights or {}).get(n, 1.0)) for n, term in terms.items()}
-        losses: dict[Task, Tensor] = {}
         rows: dict[Task, Gradients] = {}
-        for task in present_tasks(self.tasks, values):
-            own = [terms[name] for name in names_of(task) if name in terms]
-            rows[task] = [None] * len(tensors)  # A rank may lack a task that another one has.
-            if own:
-                losses[task] = sum_tensors(own)
-                # Copies, because results of autograd may share memory.
-                gradient = grad_of(self.scale(losses[task]), tensors)
-                rows[task] = [g if g is None else g.clone() for g in gradient]
-            if modules is None:
-                rows[task] = self.ranks.sum(rows[task], tensors)
-        if self.losses.check_finite == "skip" and not isinstance(at, Features):
-            self._drop_lost(rows, losses, values)
+        shown = [task for task in self.tasks if norms_of is None or task in norms_of]
+        for task in present_tasks(shown, values):
+            row: Gradients = [None] * len(tensors)  # A rank may lack a task that another one has.
+            if own := [terms[name] for name in names_of(task) if name in terms]:
+                row = grad_of(self.scale(sum_tensors(own)), tensors)
+            # Copies, because results of autograd may share memory.
+            if modules is None and self.ranks.reduces:
+                row = self.ranks.sum(row, tensors)
+            elif norms_of is None:
+                row = [g if g is None else g.clone() for g in row]
+            rows[task] = row if norms_of is None else norms_at(own, row)
+        if self.losses.check_finite == "skip" and modules is None and not self.is_scaled:
+            self.report.drop_lost(rows, {}, values)
+            terms = {name: term for name, term in terms.items() if name in values}
         found = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
-        self._add_pass([weighted(loss, found[task]) for task, loss in losses.items()])
+        by_name = {name: weight for task, weight in found.items() for name in names_of(task)}
+        self._add_pass([weighted(term, by_name[name]) for name, term in terms.items()])
         return values
 
     @torch.enable_grad()
@@ -332,16 +336,6 @@ class Evaluation:
         own = {part: [terms[name] for name in part if name in terms] for part in parts}
         return {part: self.scale(sum_tensors(found)) for part, found in own.items() if found}
 
-    def _drop_lost(
-        self, rows: dict[Task, Gradients], others: dict[Task, Any], values: Values
-    ) -> None:
-        """Leaves out tasks whose gradient is not finite; under a scaler it may have overflowed."""
-        for task in [] if self.is_scaled else self.report.lost(rows):
-            del rows[task]
-            others.pop(task, None)
-            for name in names_of(task):
-                values.pop(name, None)
-
     # Passes.
 
     def _add_pass(self, terms: Sequence[Tensor]) -> None:
@@ -381,6 +375,7 @@ class Evaluation:
         at: Sequence[Tensor] | Features,
         weigh: Callable[[Rows], Mapping[Task, float | Tensor]],
         weights: Weights,
+        norms_of: Collection[Task] | None,
     ) -> Values:
         """Weights whole gradients, by rows that are a part of them or were recorded with them."""
         whole, at_outputs = self.per_task(at if isinstance(at, Features) else None, weights)
@@ -388,10 +383,14 @@ class Evaluation:
             rows = replace(whole, gradients=at_outputs, tensors=[], ranks=self.ranks)
         else:
             position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-            places = [position[id(tensor)] for tensor in at]
-            parts = {t: [g[i] for i in places] for t, g in whole.gradients.items()}
-            copies = {t: [g if g is None else g.clone() for g in own] for t, own in parts.items()}
-            rows = replace(whole, gradients=copies, tensors=at)
+            parts: dict[Task, Gradients] = {}
+            for task, gradient in whole.gradients.items():
+                own = [gradient[position[id(tensor)]] for tensor in at]
+                # Copies, but for norms, which are taken before the gradient changes.
+                parts[task] = own if norms_of else [g if g is None else g.clone() for g in own]
+            rows = replace(whole, gradients=parts, tensors=at)
+        for task in rows.gradients.keys() - (rows.gradients if norms_of is None else norms_of):
+            del rows.gradients[task]
         found = weigh(rows)
         for task, factor in to_floats({t: found[t] for t in whole.gradients}).items():
             add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))

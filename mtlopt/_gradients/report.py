@@ -44,6 +44,16 @@ class Report:
         self.skipped.update(names_of(*lost))
         return lost
 
+    def drop_lost(
+        self, rows: dict[Task, Gradients], others: dict[Task, Gradients], values: dict[str, Tensor]
+    ) -> None:
+        """Leaves out tasks whose gradient is not finite."""
+        for task in self.lost(rows):
+            del rows[task]
+            others.pop(task, None)
+            for name in names_of(task):
+                values.pop(name, None)
+
     def figures(self, tasks: Iterable[Task]) -> dict[str, Tensor]:
         """Returns ``skipped`` (T,), the tasks of which some name was left out."""
         lost = [not self.skipped.isdisjoint(names_of(task)) for task in tasks]

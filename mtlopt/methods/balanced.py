@@ -1,7 +1,7 @@
 """Balanced: a weighted sum whose weights follow the norms of the tasks' gradients."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
 from mtlopt._core.options import Options
-from mtlopt._gradients.arithmetic import Rows, norm, tasks_by_parameter, to_numbers
-from mtlopt._gradients.autograd import add_to_grads
+from mtlopt._gradients.arithmetic import Gradients, Rows, norm, to_numbers
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.features import refuse_shards
 from mtlopt._gradients.losses import (
@@ -22,7 +21,9 @@ from mtlopt._gradients.losses import (
     names_of,
     sum_by_task,
     sum_tensors,
+    weighted,
 )
+from mtlopt._gradients.report import Mistake
 
 By: TypeAlias = Literal["gradients", "losses"]
 
@@ -35,18 +36,23 @@ class Balanced(CombiningOptimizer):
               N_k^2 \leftarrow \beta N_k^2 + (1 - \beta) \lVert g_k \rVert^2
 
     The weights follow the norms of the tasks' gradients, so losses may have any units: multiplying
-    one by a constant changes nothing (with Adam). There is nothing to tune; :math:`a_k` are the
-    shares that the tasks' gradients should have of the whole, equal by default.
+    one by a constant multiplies the whole gradient by a common factor, which Adam ignores as long
+    as it does not change. There is nothing to tune; :math:`a_k` are the shares that the tasks'
+    gradients should have of the whole, equal by default.
 
     Norms are measured at the first step and then at every `every`-th one, which takes T further
     backward passes: with `features` through the heads alone, with `shared` down to these
-    parameters, otherwise whole ones. A step between measurements is one forward and one backward
-    pass, exactly that of :class:`JointOptimizer` with the same weights. A task that appears for the
-    first time between measurements is measured at its next step.
+    parameters, otherwise whole ones. All steps are exactly those of :class:`JointOptimizer` with
+    the weights in force, and between measurements cost the same. A task that is absent at a
+    measurement is measured when it comes. Where `backward` is called several times before a step,
+    a task's first call measures it.
 
-    The rule is not new. It is the fixed point of GradNorm with :math:`\alpha = 0`, reached
-    directly; at the features it is EnCodec's balancer; Wang et al. balance physics-informed
-    networks in this way, and the second half of DB-MTL scales gradients to the largest norm.
+    The rule is not new. Its weights are the fixed point of GradNorm with :math:`\alpha = 0`,
+    reached directly. At the features it is EnCodec's balancer, which averages norms and measures
+    at every step. Wang et al. (2023) weight the terms of physics-informed networks in this way, up
+    to a common factor, and average the weights; in 2021 they compared the largest entry of one
+    gradient with the mean of another. The second half of DB-MTL scales moving averages of the
+    gradients themselves to the largest of their norms.
 
     Args:
         optimizer: Optimizer that applies the gradient; it owns the parameters.
@@ -81,8 +87,8 @@ class Balanced(CombiningOptimizer):
 
     References:
         Chen et al., 2018 (arXiv 1711.02257), GradNorm; Défossez et al., 2022 (arXiv 2210.13438),
-        EnCodec, section 3.4; Wang et al., 2021 (arXiv 2001.04536); Lin et al., 2023 (arXiv
-        2308.12029), DB-MTL.
+        EnCodec, section 3.4; Wang et al., 2021 (arXiv 2001.04536) and 2023 (arXiv 2308.08468);
+        Lin et al., 2023 (arXiv 2308.12029), DB-MTL.
     """
 
     def __init__(
@@ -109,15 +115,7 @@ class Balanced(CombiningOptimizer):
         self.by, self.every, self.decay = by, every, decay
         self.shared = None if shared is None else self._checked_shared(shared)
         self.shares = self._checked_shares({} if shares is None else shares)
-        # Moving averages of squared norms, or of losses, of the tasks measured so far.
-        self._averages: dict[Task, float] = {}
-        self._latest: dict[Task, float] = {}
-        self._steps = 0
-        # Tasks that were measured, if only as zero, and present ones that were not.
-        self._met: set[Task] = set()
-        self._late: set[Task] = set()
-        # The averages and sets before this step's measurement, which an overflow takes back.
-        self._earlier: tuple[dict[Task, float], set[Task], set[Task]] | None = None
+        self._averages = Averages(self.tasks, 1 if by == "losses" else every, decay)
 
     @staticmethod
     def _check_place(by: object, features: object, shared: object, every: object) -> None:
@@ -149,8 +147,7 @@ class Balanced(CombiningOptimizer):
     @property
     def weights(self) -> dict[Task, float]:
         """The weights in force, by task; ready for ``JointOptimizer(..., weights=...)``."""
-        root = 0.5 if self.by == "gradients" else 1.0
-        sizes = {task: average**root for task, average in self._averages.items()}
+        sizes = {task: self._root(own) for task, own in self._averages.by_task.items()}
         mean = sum(sizes.values()) / max(len(sizes), 1)
         unit = sum(self.shares.values()) / len(self.shares)
         return {
@@ -164,95 +161,95 @@ class Balanced(CombiningOptimizer):
         Returns:
             ``weights`` (T,), in force; ``norms`` (T,), the averages :math:`N_k` (of the losses
             with ``by="losses"``), NaN before a task's first measurement; ``shares`` (T,), what
-            each task's weighted gradient had of the sum of all norms at the last measurement, NaN
-            for a task that was absent.
+            each task's weighted gradient had of the sum of all norms, each as measured last.
         """
-        root, weights = 0.5 if self.by == "gradients" else 1.0, self.weights
-        found = {task: weights[task] * size**root for task, size in self._latest.items()}
-        total, nan = sum(found.values()), float("nan")
-        columns = {
-            "weights": [weights[task] for task in self.tasks],
-            "norms": [self._averages.get(task, nan) ** root for task in self.tasks],
-            "shares": [found[task] / total if task in found else nan for task in self.tasks],
-        }
-        return {name: torch.tensor(own, dtype=torch.float64) for name, own in columns.items()}
+        columns = [
+            list(self.weights.values()),
+            [self._root(self._averages.by_task.get(task, math.nan)) for task in self.tasks],
+            [self._root(self._averages.latest.get(task, math.nan)) for task in self.tasks],
+        ]
+        weights, norms, latest = torch.tensor(columns, dtype=torch.float64)
+        sizes = weights * latest
+        return {"weights": weights, "norms": norms, "shares": sizes / sizes.nansum()}
+
+    def _root(self, average: float) -> float:
+        return average**0.5 if self.by == "gradients" else average
+
+    # The step.
+
+    def _take_step(self, evaluation: Evaluation) -> Values:
+        self._averages.undo()  # What was noted of gradients that no step has applied.
+        return super()._take_step(evaluation)
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
+        values = self._add_weighted_sum(evaluation)
+        self._averages.began |= bool(values)
+        return values
+
+    def _add_weighted_sum(self, evaluation: Evaluation) -> Values:
+        averages, parameters = self._averages, evaluation.parameters
         if self._features is not None:
-            refuse_shards(evaluation.parameters)
+            refuse_shards(parameters)
+        cleared = evaluation.prescaled and not self._needs_closure and averages.earlier is not None
+        if cleared and all(self._ledger.has_lost(parameter) for parameter in parameters):
+            averages.undo()  # Its gradients were cleared without a step, as after an overflow.
+        averages.begin()
         if self.by == "losses":
             scaled = evaluation.prescaled
             return evaluation.add_sum(evaluation.names, lambda v: self._note_losses(v, scaled))
-        on_time = self._steps % self.every == 0
-        if self._earlier is not None or not (on_time or self._late):
-            values = evaluation.add_sum(evaluation.names, self._by_name())
-            if len(self._met) < len(self.tasks):
-                self._late |= sum_by_task(self.tasks, values).keys() - self._met
-            return values
-        place = self._features if self._features is not None else self.shared
-        if place is not None:
-            return evaluation.add_measured_sum(
-                place,
-                lambda rows: self._note(rows, dict(zip(rows.gradients, rows.norms(), strict=True))),
-            )
-        rows, _ = evaluation.per_task()
-        shared = [len(tasks) > 1 for tasks in tasks_by_parameter([*rows.gradients.values()])]
-        norms = {
-            task: norm([g for g, both in zip(gradient, shared, strict=True) if both])
-            for task, gradient in rows.gradients.items()
-        }
-        weights = self._note(rows, norms)
-        rows.shared_only = False
-        add_to_grads(rows.tensors, rows.combine([weights[task] for task in rows.gradients]))
-        return rows.values
+        if not averages.due:
+            return evaluation.add_sum(evaluation.names, self._by_name())
+        place = self._features if self._features is not None else self.shared or parameters
+        return evaluation.add_measured_sum(place, self._note, norms_of=averages.due)
 
-    def _note(self, rows: Rows, norms: Mapping[Task, Tensor]) -> Mapping[Task, float]:
+    def _note(self, rows: Rows) -> Mapping[Task, float]:
         """Notes the norms of the tasks' gradients, and returns the weights in force."""
-        if norms:
-            unit = self._scale_of_gradients()
-            scale, *numbers = to_numbers([unit, *norms.values()])
-            found = {t: (size / scale) ** 2 for t, size in zip(norms, numbers, strict=True)}
-            self._average(found, only=None if self._steps % self.every == 0 else self._late)
+        if rows.gradients:
+            norms = self._norms(rows)
+            scale, *numbers = to_numbers([self._scale_of_gradients(), *norms.values()])
+            found = zip(norms, numbers, strict=True)
+            self._averages.note({task: (size / scale) ** 2 for task, size in found})
         return self.weights
 
-    def _note_losses(self, values: Values, scaled: bool) -> Mapping[str, float]:
-        """Notes the losses themselves, once a step, and returns the weights by name."""
-        present = sum_by_task(self.tasks, values)
-        if present and self._earlier is None:
-            scale, *numbers = to_numbers([self._scale_of_gradients(), *present.values()])
-            found = {
-                task: loss / (scale if scaled else 1.0)
-                for task, loss in zip(present, numbers, strict=True)
+    def _norms(self, rows: Rows) -> dict[Task, Tensor]:
+        if self._features is None and self.shared is None:
+            shared = self._averages.note_shared(rows.gradients)
+            return {
+                task: norm([part for part, both in zip(row, shared, strict=True) if both])
+                for task, row in rows.gradients.items()
             }
+        lacking = [t for t, row in rows.gradients.items() if all(part is None for part in row)]
+        if self.shared is not None and lacking:
+            raise ValueError(
+                f"`shared` must be used by every task, got parameters on which the loss of "
+                f"{lacking[0]!r} does not depend."
+            )
+        if len(lacking) == len(rows.gradients) > 0 and not rows.is_distributed:
+            self._report.mistakes.append(Mistake("uncut"))
+        return dict(zip(rows.gradients, rows.norms(), strict=True))
+
+    def _note_losses(self, values: Values, scaled: bool) -> Mapping[str, float]:
+        """Notes the losses themselves, and returns the weights by name."""
+        own = sum_by_task(self.tasks, values)
+        due = {task: loss for task, loss in own.items() if task in self._averages.due}
+        if due:
+            scale, *numbers = to_numbers([self._scale_of_gradients(), *due.values()])
+            unit = scale if scaled else 1.0
+            found = {task: loss / unit for task, loss in zip(due, numbers, strict=True)}
             for task, loss in found.items():
                 if loss <= 0:
                     raise ValueError(
                         f"The loss of task {task!r} must be positive with by='losses', got "
                         f"{loss}: choose by='gradients'."
                     )
-            self._average(found, only=None)
+            self._averages.note(found)
         return self._by_name()
 
-    def _average(self, found: Mapping[Task, float], only: set[Task] | None) -> None:
-        """Moves the averages of the tasks found, or only of those that are late."""
-        self._earlier = dict(self._averages), set(self._met), set(self._late)
-        self._latest.clear()
-        for task, new in found.items():
-            self._latest[task] = new
-            if (only is None or task in only) and 0 < new < float("inf"):
-                old = self._averages.get(task, new)
-                self._averages[task] = self.decay * old + (1 - self.decay) * new
-        self._met |= found.keys()
-        self._late -= found.keys()
-
     def _stepped(self, skipped: Tensor | None) -> None:
-        earlier, self._earlier = self._earlier, None
-        if earlier is not None and skipped is not None and skipped:
-            averages, self._met, self._late = earlier
-            self._averages.clear()
-            self._averages.update(averages)
-            return  # The next step measures again.
-        self._steps += 1
+        if self._averages.earlier is not None and skipped is not None and skipped:
+            self._averages.undo()  # The next step measures again.
+        else:
+            self._averages.finish()
 
     def _scale_of_gradients(self) -> Tensor:
         one = torch.ones((), device=self._device)
@@ -263,20 +260,99 @@ class Balanced(CombiningOptimizer):
 
     def _objective(self, values: Values) -> Tensor:
         weights = self._by_name()
-        return sum_tensors([value * weights[name] for name, value in values.items()])
+        return sum_tensors([weighted(value, weights[name]) for name, value in values.items()])
 
     def _own_state(self) -> dict[str, Any]:
-        averages = [self._averages.get(task, float("nan")) for task in self.tasks]
-        return {
-            "averages": torch.tensor(averages, dtype=torch.float64),
-            "met": [task in self._met for task in self.tasks],
-            "late": [task in self._late for task in self.tasks],
-            "steps": self._steps,
-        }
+        return self._averages.state_dict()
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
-        averages = dict(zip(self.tasks, saved["averages"].tolist(), strict=True))
-        self._averages = {task: own for task, own in averages.items() if not math.isnan(own)}
-        self._met = {task for task, own in zip(self.tasks, saved["met"], strict=True) if own}
-        self._late = {task for task, own in zip(self.tasks, saved["late"], strict=True) if own}
-        self._steps, self._earlier, self._latest = saved["steps"], None, {}
+        self._averages.load(saved)
+
+
+class Averages:
+    """Moving averages of squared norms or of losses, and which tasks are due to be measured.
+
+    Changed in place, never replaced: Lightning's wrapper shares an optimizer's attributes.
+    """
+
+    def __init__(self, tasks: Sequence[Task], every: int, decay: float) -> None:
+        self.tasks, self.every, self.decay = tasks, every, decay
+        self.steps = 0
+        self.by_task: dict[Task, float] = {}
+        self.latest: dict[Task, float] = {}
+        # A task that is absent when it is due is measured when it comes.
+        self.due: set[Task] = set()
+        # The tasks whose losses have depended on each parameter: absent ones count as well.
+        self.reached: list[set[Task]] = []
+        # Whether any task was present since the last step.
+        self.began = False
+        # Averages and due tasks before this step's measurement.
+        self.earlier: tuple[dict[Task, float], set[Task]] | None = None
+
+    def begin(self) -> None:
+        """Begins a step, unless it has begun: with a first call of `backward`, or evaluation."""
+        if self.earlier is None:
+            before = set(self.due)
+            if self.steps % self.every == 0 and len(self.tasks) > 1:
+                self.due.update(self.tasks)
+            if self.due:
+                self.earlier = dict(self.by_task), before
+
+    def note(self, found: Mapping[Task, float]) -> None:
+        """Moves the averages of the tasks found; a number must be positive and finite."""
+        self.latest.update(found)
+        for task, new in found.items():
+            if 0 < new < math.inf:
+                old = self.by_task.get(task, new)
+                self.by_task[task] = self.decay * old + (1 - self.decay) * new
+        self.due.difference_update(found)
+
+    def note_shared(self, gradients: Mapping[Task, Gradients]) -> list[bool]:
+        """Returns for each parameter whether at least two tasks have had a gradient for it."""
+        count = max(map(len, gradients.values()))
+        self.reached += [set() for _ in range(count - len(self.reached))]
+        for task, gradient in gradients.items():
+            for tasks, part in zip(self.reached, gradient, strict=False):
+                if part is not None:
+                    tasks.add(task)
+        return [len(tasks) > 1 for tasks in self.reached[:count]]
+
+    def finish(self) -> None:
+        """Ends a step that was taken."""
+        self.steps += self.began
+        self.earlier, self.began = None, False
+
+    def undo(self) -> None:
+        """Forgets the measurement of a step that was not taken."""
+        if self.earlier is not None:
+            averages, due = self.earlier
+            self.earlier = None
+            self.by_task.clear()
+            self.by_task.update(averages)
+            self.due.intersection_update(due)
+            self.due.update(due)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all but the latest measurement, which is for diagnostics alone."""
+        # Gradients are not saved, so a step that has only begun is not either.
+        by_task, due = self.earlier or (self.by_task, self.due)
+        averages = [by_task.get(task, math.nan) for task in self.tasks]
+        return {
+            "averages": torch.tensor(averages, dtype=torch.float64),
+            "due": [task in due for task in self.tasks],
+            "reached": [[t in own for t in self.tasks] for own in self.reached],
+            "steps": self.steps,
+        }
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+
+        def chosen(flags: Iterable[bool]) -> set[Task]:
+            return {task for task, own in zip(self.tasks, flags, strict=True) if own}
+
+        numbers = zip(self.tasks, saved["averages"].tolist(), strict=True)
+        averages = {task: own for task, own in numbers if not math.isnan(own)}
+        self.earlier, self.steps = (averages, chosen(saved["due"])), saved["steps"]
+        self.undo()
+        self.reached[:] = [chosen(flags) for flags in saved["reached"]]
+        self.latest.clear()
