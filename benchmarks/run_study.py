@@ -7,8 +7,9 @@
 
 A second call continues where the first one stopped. The protocol:
 
-1. The plain sum's steps double until that gains nothing on validation (the plateau). All training
-   is Adam with a cosine schedule; a run keeps the step that is best on validation.
+1. The sum's steps double until that gains nothing on validation (the plateau), with equal weights
+   or with those that make its gradients alike. All training is Adam with a cosine schedule; a run
+   keeps the step that is best on validation.
 2. The search, on three seeds and validation alone. Each method tries five learning rates or more,
    until the best has neighbours on both sides, then eight other values of its constants; the
    sum's are its weights. The best three with the first seed run with all three.
@@ -21,6 +22,7 @@ import argparse
 import os
 from pathlib import Path
 
+from benchmarks.study.problem import PROBLEMS
 from benchmarks.study.study import FINAL_SEEDS, Study
 
 RESULTS = Path(__file__).parent / "results" / "study"
@@ -41,11 +43,15 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core per process
-    found = sorted(path.parent.name for path in options.out.glob("*/runs.csv"))
-    studies = [Study(name, options.out, options.seeds) for name in options.problem or found]
     if not (options.report or options.state):
-        for study in studies:
+        for name in options.problem:
+            study = Study(name, options.out, options.seeds)
             study.run(options.methods, options.processes, options.repetitions)
+    # The tables are of all that lies in the folder, and a problem of your own if it is named.
+    begun = [path.parent.name for path in sorted(options.out.glob("*/runs.csv"))]
+    names = {name: name for name in begun if (PROBLEMS / f"{name}.py").exists()}
+    names |= {Path(name).stem: name for name in options.problem}
+    studies = [Study(name, options.out, options.seeds) for name in names.values()]
     from benchmarks.study.report import write_report, write_state  # not in every process
 
     if options.state:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.toy    # half an hour; writes toy.npz, toy.md and toy.png
 
-From five starts, with Adam at 1e-3 and the first loss times 0.1, 1 and 100. Which point of the
-front a method ends at should not depend on the unit of a loss.
+From five starts, with Adam at 1e-3 and the first loss times 0.1, 1 and 100. The Pareto front, where
+neither loss can fall without the other rising, is the segment between the two minima. Which of its
+points a method ends at should not depend on the unit of a loss.
 """
 
 import argparse
@@ -31,6 +32,8 @@ TASKS = ("first", "second")
 STARTS = torch.tensor([(-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0)])
 SCALES = (0.1, 1.0, 100.0)
 STEPS, RATE = 30_000, 1e-3
+ON_FRONT = 1.0
+"""An end nearer than this to the Pareto front is drawn filled; the others are hollow."""
 
 
 def values(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +61,7 @@ ELEMENTWISE: dict[str, Make] = {
     "independent": lambda w, lr: mtlopt.IndependentOptimizer(torch.optim.Adam, [w], TASKS, lr=lr),
 }
 COMBINING: dict[str, Make] = {
+    "Balanced": around_adam(mtlopt.Balanced),
     "uncertainty (UW)": around_adam(mtlopt.Scalarized, S.UW),
     "FAMO": around_adam(mtlopt.Scalarized, S.FAMO),
     "GradNorm": lambda w, lr: mtlopt.GradNorm(torch.optim.Adam([w], lr=lr), TASKS, shared=[w]),
@@ -128,13 +132,13 @@ def walk(method: str, start: Tensor, scale: Tensor, steps: int, lr: float, every
 
 
 def from_front(points: Tensor) -> Tensor:
-    """The distance of points (..., 2) from the front, the segment between the losses' minima."""
+    """Returns the distance of points (..., 2) from the Pareto front between the losses' minima."""
     x, y = points.unbind(-1)
     return torch.hypot(x - x.clamp(-7, 7), y + 8)
 
 
 def draw(found: dict[str, Tensor], path: Path) -> None:
-    """Draws the paths over the contours of the sum, a panel for each method, a colour a scale."""
+    """Draws the paths over the contours of the sum, with a panel per method, a colour per scale."""
     columns = min(5, len(found))
     rows = -(-len(found) // columns)
     figure = Figure(
@@ -147,12 +151,17 @@ def draw(found: dict[str, Tensor], path: Path) -> None:
         axes.axis("off")
     for axes, (method, points) in zip(panels, found.items(), strict=False):
         axes.contour(line, line, total, 12, colors="0.88", linewidths=0.6)
-        axes.plot([-7, 7], [-8, -8], color="tab:green", linewidth=6, alpha=0.35, label="front")
+        axes.plot(
+            [-7, 7], [-8, -8], color="tab:green", linewidth=6, alpha=0.35, label="Pareto front"
+        )
         for k, scale in enumerate(SCALES):
             for number, walked in enumerate(points[k]):
                 label = f"first loss × {scale:g}" if number == 0 else "_"
                 axes.plot(*walked.T, color=f"C{k}", linewidth=1.2, label=label)
-                axes.plot(*walked[-1], "o", color=f"C{k}", markersize=8 - 2 * k)
+                fill = f"C{k}" if from_front(walked[-1]) < ON_FRONT else "white"
+                axes.plot(
+                    *walked[-1], "o", color=f"C{k}", markerfacecolor=fill, markersize=8 - 2 * k
+                )
         axes.plot(*STARTS.T, "kx", markersize=4)
         axes.set(aspect="equal", xlim=(-10.5, 10.5), ylim=(-10.5, 10.5))
         axes.set_title(method, fontsize=9)
@@ -164,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     known = [*ELEMENTWISE, *COMBINING]
     parser.add_argument(
-        "--methods", nargs="*", default=known, help="only these anew, or none: draw", choices=known
+        "--methods", nargs="*", default=known, help="run only these; none: only draw", choices=known
     )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -191,7 +200,9 @@ def write(found: dict[str, Tensor], folder: Path) -> None:
         for k, scale in enumerate(SCALES):
             last = points[k, :, -1]
             cells = [
-                f"({a:.1f}, {b:.1f}), {d:.1f}" if math.isfinite(d) else "broke off"
+                f"({a:.1f}, {b:.1f}), {'on' if d < ON_FRONT else f'{d:.1f} off'}"
+                if math.isfinite(d)
+                else "broke off"
                 for (a, b), d in zip(last.tolist(), from_front(last).tolist(), strict=True)
             ]
             rows.append([method, f"{scale:g}", *cells])

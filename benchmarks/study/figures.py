@@ -1,7 +1,5 @@
 """A dot plot of one problem: a row per method, sorted, against the tuned sum."""
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,12 +15,12 @@ STYLES = {
     PER_TASK: ("#009E73", "^"),
     ALONE: ("#888888", "X"),
 }
-WIDTH = 5.2
-"""Inches, at 150 dots each: on a screen of 390 pixels a letter is nine pixels high."""
+WIDTH, DOTS = 5.2, 150
+"""Inches, and dots per inch: on a screen of 390 pixels a letter is nine pixels high."""
 
 
-def draw(view: View, path: Path) -> None:
-    """Draws the methods' differences to the tuned sum, with 95 % intervals.
+def draw(view: View) -> Figure:
+    """Returns a figure of the methods' differences to the tuned sum, with 95 % intervals.
 
     Filled marks are better or worse by the corrected test. Methods far below the rest stand at the
     left edge, with their number.
@@ -60,7 +58,7 @@ def draw(view: View, path: Path) -> None:
         if name in shown
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def limits(view: View) -> tuple[float, float]:

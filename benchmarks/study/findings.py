@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.study.comparison import Comparison, Metrics, compare, differences, interval
-from benchmarks.study.methods import REFERENCE, TUNED
+from benchmarks.study.methods import REFERENCE, TUNED, names
 from benchmarks.study.plan import Choice, Config, Plan
 from benchmarks.study.results import read_config, read_metrics
 from benchmarks.study.study import Study
@@ -56,6 +56,8 @@ class Findings:
     equal: View | None
     plateau: View | None
     seconds_left: float
+    known: int
+    """How many methods the problem is for."""
 
     @property
     def complete(self) -> bool:
@@ -101,6 +103,7 @@ def find(study: Study) -> Findings:
         equal=view(plan.at_equal_compute),
         plateau=view(plan.at_plateau),
         seconds_left=left,
+        known=len(names(problem)) - sum(bool(row["error"]) for row in costs.values()),
     )
 
 

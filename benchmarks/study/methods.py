@@ -1,7 +1,7 @@
 """The methods of the study: how each makes its optimizer, and which constants are searched."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torchjd.aggregation as A
@@ -102,6 +102,14 @@ def gradnorm(at_features: bool = False) -> Build:
     return build
 
 
+def balanced(at_features: bool = False, by: Literal["gradients", "losses"] = "gradients") -> Build:
+    def build(problem: Defaults, tasks: Sequence[str], lr: float, **options: Any) -> Any:
+        where: dict[str, Any] = {"features": problem.features} if at_features else {}
+        return mtlopt.Balanced(adam(problem, lr), tasks, by=by, **where, **options)
+
+    return build
+
+
 def nash(count: int) -> nn.Module:
     # Its weights solve a program, which its authors allow to be solved every few steps.
     return A.NashMTL(count, update_weights_every=10)
@@ -122,6 +130,8 @@ def grid(**values_of: Sequence[float]) -> list[Variant]:
 RATES = grid(rate=(1, 3, 10, 30, 100, 300, 1000, 0.3, 0.1))
 ALPHAS = grid(alpha=(1.5, 0, 0.5), weight_lr=(0.025, 0.1, 0.4))
 MUS = grid(mu=(1, 0.01, 0.03, 0.1, 0.3, 0.5, 2, 4, 8))
+# Not at every step, which would cost more than the step that is timed.
+EVERY = grid(decay=(0.9, 0.5, 0.99), every=(10, 30, 100))
 AGGREGATORS: Mapping[str, Callable[..., nn.Module]] = {
     "UPGrad": lambda count: A.UPGrad(),
     "CAGrad": lambda count, c=0.5: A.CAGrad(c=c),
@@ -149,6 +159,13 @@ METHODS: Mapping[str, Method] = {
     "sum of logarithms": Method(scalarized(lambda count: SumOfLogarithms()), WEIGHTING),
     "GradNorm": Method(gradnorm(), WEIGHTING, ALPHAS, needs="shared"),
     "GradNorm, features": Method(gradnorm(True), WEIGHTING, ALPHAS, needs="features"),
+    "Balanced": Method(balanced(), WEIGHTING, EVERY),
+    "Balanced, features": Method(balanced(True), WEIGHTING, EVERY, needs="features"),
+    "Balanced, by losses": Method(
+        balanced(by="losses"),
+        WEIGHTING,
+        grid(decay=(0.9, 0, 0.3, 0.5, 0.7, 0.8, 0.95, 0.98, 0.99)),
+    ),
     "alternating": Method(
         lambda p, tasks, lr: mtlopt.AlternatingOptimizer(adam(p, lr), tasks), PER_TASK
     ),

@@ -18,6 +18,8 @@ FINALISTS = 3
 """How many of the best candidates on the first seed train with the other search seeds."""
 FIRST_FINAL_SEED = 100
 PLATEAU_RATES = (-5, -4, -3)
+PLATEAU_VARIANTS = ("equal", "1 / norms")
+"""Weights of the sum whose plateau is sought: the plain sum may be stuck in one unit."""
 PLATEAU_GAIN = 0.002
 """In score, a mean of logarithms: a fifth of a percent."""
 SAME_COST = 0.1
@@ -152,12 +154,13 @@ def search(entry: Entry, scores: Scores, steps: int) -> tuple[list[Config], Choi
 
 
 def find_plateau(
-    sum_entry: Entry, scores: Scores, first: int, doublings: int
+    tuned: Entry, scores: Scores, first: int, doublings: int
 ) -> tuple[list[Config], int | None, float]:
-    """Finds how many steps the plain sum gains from.
+    """Finds how many steps the weighted sum gains from.
 
     The number of steps doubles until that gains less than a fifth of a percent on validation, or
-    less than the standard error over the search seeds; each length has its own learning rate.
+    less than the standard error over the search seeds. Each length has its own learning rate, and
+    the better of two sets of weights.
 
     Returns:
         The runs that are missing, the number of steps once it is known, and what the last doubling
@@ -165,9 +168,10 @@ def find_plateau(
     """
 
     def of(steps: int) -> list[list[Config]]:
-        default = sum_entry.variants[0]
         return [
-            [Config(sum_entry.method, rate(k), default, seed, steps) for seed in SEARCH_SEEDS]
+            [Config(tuned.method, rate(k), variant, seed, steps) for seed in SEARCH_SEEDS]
+            for variant in PLATEAU_VARIANTS
+            if variant in tuned.variants
             for k in PLATEAU_RATES
         ]
 
@@ -197,7 +201,6 @@ def plan(
     entries: Mapping[str, Entry],
     scores: Scores,
     *,
-    plain: str,
     tuned: str,
     first: int,
     doublings: int,
@@ -208,7 +211,6 @@ def plan(
     Args:
         entries: The methods by name.
         scores: Of the finished runs.
-        plain: Name of the plain sum.
         tuned: Name of the tuned sum.
         first: The fewest steps that may be the plateau.
         doublings: How often they may be doubled.
@@ -217,7 +219,7 @@ def plan(
     Returns:
         Where the problem stands; its missing runs in the order in which to do them.
     """
-    missing, steps, gain = find_plateau(entries[plain], scores, first, doublings)
+    missing, steps, gain = find_plateau(entries[tuned], scores, first, doublings)
     if steps is None:
         return Plan(missing=missing)
     found = Plan(steps, gain)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.comparison import Comparison
-from benchmarks.study.figures import draw
+from benchmarks.study.figures import DOTS, draw
 from benchmarks.study.findings import Findings, View, choice_of, find, mean_of
-from benchmarks.study.methods import REFERENCE, TUNED
+from benchmarks.study.methods import METHODS, REFERENCE, SUM, TUNED
 from benchmarks.study.study import Study
 from benchmarks.timing import write_table
 
@@ -90,28 +90,32 @@ def sentence(findings: Findings) -> str:
     view = findings.equal
     assert view is not None
     seeds, count = len(view.tests[TUNED]), len(view.comparisons)
-    text = f"At equal compute, over {seeds} fresh seeds, {view.count('better')} of {count} methods "
+    text = f"At equal compute, over {seeds} fresh seeds, {view.count('better')} of {count} rivals "
     text += f"were better than the tuned sum, {view.count('worse')} worse and "
     text += f"{view.count('undecided')} undecided (paired t tests, Holm's correction, 5 %)."
-    best = view.best_first[0]
-    if best != TUNED:
-        found = view.comparisons[best]
-        text += f" The best mean was that of {best}, {number(found.mean)} % "
-        text += f"[{number(found.low)}, {number(found.high)}], {found.word}."
-    return text + "\n"
+    if SUM in view.comparisons and view.comparisons[SUM][:3] == (0, 0, 0):
+        text += " The search kept equal weights: the tuned sum is the plain sum."
+    ahead = [m for m in view.best_first if m != TUNED and view.comparisons[m].mean > 0]
+    if not ahead:
+        return text + " No mean is ahead of it.\n"
+    found = view.comparisons[ahead[0]]
+    text += f" The best mean is that of {ahead[0]}, {number(found.mean)} % "
+    return text + f"[{number(found.low)}, {number(found.high)}], {found.word}.\n"
 
 
 def headline(found: Sequence[Findings]) -> str:
-    """Returns all methods that ran on every problem, at equal compute."""
+    """Returns every method on every problem, at equal compute; empty where it did not run."""
     views = [each.equal for each in found if each.equal is not None]
-    common = [m for m in views[0].tests if all(m in view.tests for view in views) and m != TUNED]
+    methods = [REFERENCE, *METHODS]
     rows = []
-    for method in common:
-        own = [view.comparisons[method] for view in views]
-        words = [each.word for each in own]
-        total = f"{words.count('better')} / {words.count('worse')}"
-        rows.append([method, *map(marked, own), total])
-    return write_table(["method", *(each.name for each in found), "▲ / ▼"], rows)
+    for method in methods:
+        own = [view.comparisons.get(method) for view in views]
+        words = [each.word for each in own if each is not None]
+        if words:
+            cells = [marked(each) if each is not None else "" for each in own]
+            count = f"{words.count('better')}, {words.count('worse')} of {len(words)}"
+            rows.append([method, *cells, count])
+    return write_table(["method", *(each.name for each in found), "▲, ▼"], rows)
 
 
 def state(found: Sequence[Findings]) -> str:
@@ -126,8 +130,15 @@ def state(found: Sequence[Findings]) -> str:
             "complete" if each.complete else "judged at equal compute" if each.judged else "begun"
         )
         hours = f"{each.seconds_left / 3600:.1f}" if each.seconds_left else ""
-        rows.append([each.name, len(each.ratios), steps, words, "" if each.complete else hours])
-    columns = ["problem", "methods", "steps of the sum", "state", "CPU hours left, about"]
+        count = f"{len(each.ratios)} of {each.known}"
+        rows.append([each.name, count, steps, words, "" if each.complete else hours])
+    columns = [
+        "problem",
+        "methods begun",
+        "steps of the sum",
+        "state of those",
+        "CPU hours left, about",
+    ]
     return write_table(columns, rows)
 
 
@@ -140,16 +151,19 @@ def write_report(folder: Path, studies: Sequence[Study]) -> None:
     """Writes a problem's tables and figure, and the summary of those that have been judged."""
     every = [find(study) for study in studies]
     for study, found in zip(studies, every, strict=True):
-        if found.equal is None:
-            continue
-        (study.folder / "equal-compute.md").write_text(table(found, found.equal), encoding="utf-8")
-        (study.folder / "searched.md").write_text(searched(found), encoding="utf-8")
-        (study.folder / "sentence.md").write_text(sentence(found), encoding="utf-8")
-        if found.plateau is not None:
-            text = table(found, found.plateau)
-            (study.folder / "plateau.md").write_text(text, encoding="utf-8")
-        draw(found.equal, study.folder / "equal-compute.png")
-        print(f"\n{found.name}\n\n{table(found, found.equal)}\n{sentence(found)}")
+        if not found.judged or found.equal is None:
+            continue  # Tests among the first few methods would be others among all.
+        longer = table(found, found.plateau) if found.complete and found.plateau else ""
+        texts = {
+            "equal-compute": table(found, found.equal),
+            "plateau": longer or "These runs have not finished yet.\n",
+            "searched": searched(found),
+            "sentence": sentence(found),
+        }
+        for name, text in texts.items():
+            (study.folder / f"{name}.md").write_text(text, encoding="utf-8")
+        draw(found.equal).savefig(study.folder / "equal-compute.png", dpi=DOTS)
+        print(f"\n{found.name}\n\n{texts['equal-compute']}\n{texts['sentence']}")
     (folder / "state.md").write_text(state(every), encoding="utf-8")
     if judged := [found for found in every if found.judged]:
         (folder / "headline.md").write_text(headline(judged), encoding="utf-8")

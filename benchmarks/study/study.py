@@ -78,7 +78,7 @@ class Study:
             return Plan()
         problem = self.problem
         limits = {"first": problem.steps, "doublings": problem.doublings, "seeds": self.seeds}
-        return plan(entries, read_scores(self.rows()), plain=SUM, tuned=TUNED, **limits)
+        return plan(entries, read_scores(self.rows()), tuned=TUNED, **limits)
 
     def measure(self, methods: Sequence[str], repetitions: int) -> None:
         """Times the steps of methods that have not been timed, next to the plain sum's."""
@@ -96,7 +96,9 @@ class Study:
 
     def run(self, methods: Sequence[str] | None, processes: int, repetitions: int) -> None:
         """Runs what is missing, of all methods or of some."""
-        wanted = [m for m in names(self.problem) if not methods or m in methods]
+        every = names(self.problem)
+        # "single" stands for the networks of all tasks.
+        wanted = [m for m in every if not methods or {m, m.partition(":")[0]} & set(methods)]
         self.measure(wanted, repetitions)
         stored = {stored_as(name) for name in wanted} | {SUM}
         context = multiprocessing.get_context("spawn")  # A fork of a process with threads may hang.

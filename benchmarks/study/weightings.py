@@ -49,24 +49,22 @@ def candidates(tasks: Sequence[str], losses: Array, norms: Array) -> dict[str, A
     by_losses, by_norms = -np.log10(losses), -np.log10(norms)
     found = {EQUAL: np.zeros(len(tasks)), "1 / losses": by_losses, "1 / norms": by_norms}
     if len(tasks) == 3:
-        found |= up_and_down(tasks)
+        found |= scaled(tasks, "×", FACTOR) | scaled(tasks, "/", 1 / FACTOR)
     else:
         found |= {"1 / √losses": by_losses / 2, "1 / √norms": by_norms / 2}
-    if len(tasks) == 2:  # Half of it: one task up is the other down.
-        found |= dict(list(up_and_down(tasks).items())[::2])
+    if len(tasks) == 2:  # One task up is the other down.
+        found |= scaled(tasks, "×", FACTOR) | scaled(tasks, "×", FACTOR**2)
     for number in range(1 + COUNT - len(found)):
         centre = by_norms if number % 2 else np.zeros(len(tasks))
         found[f"random {number + 1}"] = centre + draw.uniform(-1, 1, len(tasks))
     return found
 
 
-def up_and_down(tasks: Sequence[str]) -> dict[str, Array]:
-    """Returns exponents that multiply, and divide, one task's loss by five."""
-    found = {}
-    for k, task in enumerate(tasks):
-        for name, sign in (("×", 1), ("/", -1)):
-            found[f"{task} {name} {FACTOR:g}"] = sign * np.log10(FACTOR) * np.eye(len(tasks))[k]
-    return found
+def scaled(tasks: Sequence[str], sign: str, factor: float) -> dict[str, Array]:
+    """Returns exponents that multiply one task's loss by a factor, for each task."""
+    shown = max(factor, 1 / factor)
+    rows = np.log10(factor) * np.eye(len(tasks))
+    return {f"{task} {sign} {shown:g}": row for task, row in zip(tasks, rows, strict=True)}
 
 
 def as_weights(tasks: Sequence[str], exponents: Array) -> Weights:

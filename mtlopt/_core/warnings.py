@@ -75,6 +75,11 @@ class Warnings:
                 "No loss depends on the outputs of `features`, so no gradients are combined: give "
                 "the modules whose outputs the heads are called with."
             ),
+            "unshared": (
+                "No output of `features` is used by two tasks, so their gradients cannot conflict "
+                "there and the method is the plain sum: call the modules once for all tasks, or "
+                "remove `features`."
+            ),
         }[found.kind]
         self._warn(found, text)
 

@@ -2,12 +2,15 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import Gradients, add, local, norm
+from mtlopt._gradients.arithmetic import Gradients, add, is_sharded, local, norm
+
+SECOND_PASS_OF_DDP = ("marked ready only once", "marked as ready twice", "still allreduced by DDP")
+"""What torch says of a second backward pass, unless it fails to reduce it in silence."""
 
 
 def backward(
@@ -82,11 +85,12 @@ def explain(error: RuntimeError) -> None:
             "use ready losses for one step only, with `backward(losses, retain_graph=True)` where "
             "another optimizer needs their graph; detach what you carry over from an earlier batch."
         ) from error
-    if "marked ready only once" in str(error) or "marked as ready twice" in str(error):
+    if any(sign in str(error) for sign in SECOND_PASS_OF_DDP):
+        # https://github.com/pytorch/pytorch/issues/47260
         raise RuntimeError(
             "A model wrapped in DistributedDataParallel allows one backward pass per forward pass. "
             "A method that combines the tasks' gradients takes several: give it the bare model, "
-            "and `process_group=`."
+            "and `process_group=`, or choose `forwards='per-task'`."
         ) from error
     if "donated" in str(error):
         raise RuntimeError(
@@ -122,18 +126,12 @@ def add_to_grads(parameters: Sequence[Tensor], gradient: Gradients) -> None:
 def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
     """Lists the leaves of the losses' graphs; None where a custom function may hide some."""
     found = []
-    for node in _nodes(losses):
+    for node in nodes_of(losses):
         if hasattr(node, "variable"):
             found.append(node.variable)
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             return None  # Such as a reentrant checkpoint, which hides the parameters inside.
     return found
-
-
-def share_a_graph(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
-    """Returns whether the graphs have a common node, whose buffers are needed twice."""
-    nodes = set(_nodes(first))
-    return any(node in nodes and not hasattr(node, "variable") for node in _nodes(second))
 
 
 # Compiled graphs give zeros for parameters that a loss does not depend on; eager ones give None.
@@ -165,10 +163,11 @@ def has_compiled() -> bool:
 
 def is_compiled(*outputs: Tensor) -> bool:
     """Returns whether the graph of any of the tensors has a compiled part."""
-    return any("CompiledFunction" in node.name() for node in _nodes(outputs))
+    return any("CompiledFunction" in node.name() for node in nodes_of(outputs))
 
 
-def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+def nodes_of(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+    """Yields the nodes of the losses' graphs, each once."""
     todo, seen = [loss.grad_fn for loss in losses], set()
     while todo:  # Not recursive: graphs can be deeper than Python's stack.
         node = todo.pop()
@@ -179,6 +178,12 @@ def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
 
 
 # The ledger.
+
+
+def _note_backward(parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad._mtlopt_backward = True  # type: ignore[attr-defined]  # a note
+
 
 Status: TypeAlias = Literal["new", "made", "applied", "changed"]
 
@@ -224,13 +229,25 @@ class Ledger:
             return "applied"
         return "changed" if max(writes) == 1 else "new"
 
-    def holds_made(self, parameter: Tensor) -> bool:
-        """Returns whether the gradient that a method made is still there, and not zeroed."""
+    def watch(self, parameter: Tensor) -> None:
+        """Notes from now on which of the parameter's gradients come from backward passes."""
+        hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if _note_backward not in (hooks or {}).values():
+            parameter.register_post_accumulate_grad_hook(_note_backward)
+
+    def has_lost(self, parameter: Tensor) -> bool:
+        """Returns whether a gradient that a method made was cleared, and not merely changed.
+
+        A tensor that was assigned in its place, such as a centred gradient, is a change; one that
+        a backward pass left after clearing is not.
+        """
         gradient = parameter.grad
         status, version = getattr(gradient, "_mtlopt", ("new", 0))
-        if gradient is None or status != "made":
-            return False
-        return version == gradient._version or bool(local(gradient).any())
+        if gradient is None or (status != "made" and is_sharded([gradient])):
+            return True
+        if status != "made" and hasattr(gradient, "_mtlopt_backward"):
+            return True
+        return version != gradient._version and not bool(local(gradient).any())
 
     def copied(self, parameters: Sequence[Tensor]) -> None:
         """Renews the records of copied gradients, whose versions start from zero."""

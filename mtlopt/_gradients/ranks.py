@@ -1,11 +1,14 @@
 """Averaging over several processes, whether a wrapper reduces their gradients or nobody does."""
 
+import gc
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mtlopt._gradients.arithmetic import Gradients, is_sharded, norm
 from mtlopt._gradients.losses import SINGLE_PROCESS, Loss, Ranks
@@ -18,12 +21,18 @@ if dist.is_available():
 
 BUCKET_BYTES = 25 * 2**20
 """Size of a reduction bucket, as in DistributedDataParallel."""
+SILENT = 2**20
+"""Stands for a rank that brought no loss at all, in a sum over ranks that lack a task."""
+COMPARED = 32
+"""How many feature tensors are compared between ranks."""
+_WRAPPERS = WeakIdKeyDictionary()
+"""For the first parameter of an optimizer the group over which DDP averages, or None."""
 
 
 class UnnamedRanks(Ranks):
-    """Processes that the user did not name: each averages alone, but they should agree.
+    """Processes that the user did not name and DDP does not join: they should agree all the same.
 
-    Either DDP reduces the gradients, or the model was left unwrapped by mistake.
+    Either another wrapper reduces the gradients, or the model was left unwrapped by mistake.
     """
 
     per_micro_batch = per_step = SINGLE_PROCESS
@@ -40,9 +49,12 @@ class ReducingRanks(Ranks):
     wrapped = True
     per_step = SINGLE_PROCESS
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, in_one_pass: bool = False
+    ) -> None:
         self.group = group
         self._device = _device_of(group, device)
+        self._in_one_pass = in_one_pass
 
     @property
     def per_micro_batch(self) -> Ranks:  # type: ignore[override]  # no circle through an attribute
@@ -58,11 +70,13 @@ class ReducingRanks(Ranks):
         }
         means, missing = _agree(seen, self.group, self._device)
         for name in means:
-            if missing[name]:
+            silent, others = divmod(missing[name], SILENT)
+            # One pass of the sum of all suffices, if the rank has any of them.
+            if silent or (others and not self._in_one_pass):
                 raise ValueError(
                     f"`losses` must bring task {name!r} on every rank or on none, got None on "
-                    f"{missing[name]} ranks: ranks would run different numbers of backward passes "
-                    "and hang. On a rank without labels return `(outputs.sum() * 0, 0)`."
+                    f"{silent + others} ranks: ranks would run different numbers of backward "
+                    "passes and hang. On a rank without labels return `(outputs.sum() * 0, 0)`."
                 )
         return means
 
@@ -72,6 +86,14 @@ class ReducingRanks(Ranks):
         It is 0, not None, on a rank without samples: DDP waits for every rank's backward pass.
         """
         return own * dist.get_world_size(self.group) / total
+
+    def check_batches(self, count: int) -> None:
+        """Refuses `features`: what each rank has combined must not be averaged by the wrapper."""
+        raise ValueError(
+            "`features` must be None where the model is wrapped in DistributedDataParallel, which "
+            "averages the gradients that each rank has combined: give the bare model, and "
+            "`process_group=`."
+        )
 
     def check_alike(self, gradients: Gradients, of: str, remedy: str) -> None:
         """Checks that the gradients are the same on all ranks, unless they are shards."""
@@ -106,11 +128,13 @@ class SummingRanks(Ranks):
         """Sums one gradient in flat buckets; None where no rank has a gradient."""
         # Which parameters a task's loss depends on can differ between batches, so the ranks first
         # agree on those that any of them has.
-        has = torch.tensor([g is not None for g in gradients], dtype=torch.int32)
-        has = has.to(self._device)
-        dist.all_reduce(has, group=self.group)
+        has = [[g is not None, g is not None and not _has_rows(g)] for g in gradients]
+        kinds = self.total(torch.tensor(has, dtype=torch.int32, device="cpu")).tolist()
         sums: Gradients = [None] * len(gradients)
-        for bucket in _buckets([i for i, count in enumerate(has.tolist()) if count], parameters):
+        # In the same order on every rank.
+        for i in [i for i, (given, dense) in enumerate(kinds) if given and not dense]:
+            sums[i] = self._sum_sparse(gradients[i], parameters[i])
+        for bucket in _buckets([i for i, (_, dense) in enumerate(kinds) if dense], parameters):
             parts = []
             for i in bucket:
                 gradient = gradients[i]
@@ -122,11 +146,56 @@ class SummingRanks(Ranks):
                 sums[i] = part.view_as(parameters[i])
         return sums
 
+    def _sum_sparse(self, gradient: Tensor | None, parameter: Tensor) -> Tensor:
+        """Sums a gradient that has rows on all ranks, an embedding's, by gathering these."""
+        if gradient is None:
+            values = parameter.new_zeros(0, *parameter.shape[1:])
+            indices = values.new_zeros(0, dtype=torch.long)
+        else:
+            gradient = gradient.coalesce()
+            values, indices = gradient.values(), gradient.indices()[0]
+        sizes = torch.zeros(dist.get_world_size(self.group), dtype=torch.long, device="cpu")
+        sizes[dist.get_rank(self.group)] = len(values)
+        counts = self.total(sizes).tolist()
+        places, rows = (self._gather(part, counts) for part in (indices, values))
+        return torch.sparse_coo_tensor(places[None], rows, parameter.shape).coalesce()
+
+    def _gather(self, own: Tensor, counts: list[int]) -> Tensor:
+        """Joins tensors of different lengths; padded, because all ranks must send as much."""
+        padded = torch.cat([own, own.new_zeros(max(counts) - len(own), *own.shape[1:])])
+        every = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(every, padded, self.group)
+        return torch.cat([part[:n] for part, n in zip(every, counts, strict=True)])
+
     def total(self, values: Tensor) -> Tensor:
         """Sums a small tensor over the ranks and returns it on the CPU."""
         values = values.to(self._device)
         dist.all_reduce(values, group=self.group)
         return values.cpu()
+
+    def find_copies(self, tensors: Sequence[Tensor]) -> list[bool] | None:
+        """Tells by position which tensors hold the same numbers on all ranks that have any.
+
+        Only the first ones are compared, by their sums. A tensor whose rows are all alike is none:
+        of samples it may say so too.
+
+        Returns:
+            None if fewer than two ranks have tensors.
+        """
+        figures = torch.full((2, COMPARED, 4), -math.inf, dtype=torch.float64)
+        for i, tensor in enumerate(tensors[:COMPARED]):
+            numbers = tensor.detach().cpu().double()
+            unlike = numbers.dim() > 0 and bool((numbers != numbers[:1]).any())
+            own = dist.get_rank(self.group)
+            found = [numbers.numel() if unlike else own, numbers.sum(), numbers.norm(), own]
+            figures[0, i] = torch.tensor(found, dtype=torch.float64)
+            figures[1, i] = -figures[0, i]
+        figures = figures.to(self._device)
+        dist.all_reduce(figures, dist.ReduceOp.MAX, group=self.group)
+        largest, smallest = figures[0].cpu(), -figures[1].cpu()
+        several = largest[:, 3] > smallest[:, 3]
+        copies = several & (largest == smallest)[:, :3].all(1)
+        return copies.tolist() if several.any() else None
 
     def check_batches(self, count: int) -> None:
         """Refuses different numbers of micro-batches, which would leave ranks waiting."""
@@ -157,7 +226,32 @@ def choose_ranks(
     if reduced or is_sharded(parameters):
         ranks = every if group is None else group
         return SINGLE_PROCESS if ranks is None else ReducingRanks(ranks, device)
-    return UnnamedRanks() if group is None else SummingRanks(group, device)
+    if group is not None:
+        return SummingRanks(group, device)
+    wrapper = _group_of_ddp(parameters)
+    return UnnamedRanks() if wrapper is None else ReducingRanks(wrapper, device, in_one_pass=True)
+
+
+def _group_of_ddp(parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:
+    """Returns the group of the DistributedDataParallel that holds a parameter, if there is one.
+
+    Neither the parameters nor, in general, the losses' graphs know of it. So it is looked for
+    among all objects, once.
+    """
+    if not parameters:
+        return None
+    if parameters[0] not in _WRAPPERS:
+        own = set(map(id, parameters))
+        groups = [
+            wrapper.process_group
+            for wrapper in gc.get_objects()
+            # Not isinstance: some objects, such as lazy modules, act when asked for their class.
+            if issubclass(type(wrapper), DistributedDataParallel)
+            and not own.isdisjoint(map(id, wrapper.parameters()))
+        ]
+        _WRAPPERS[parameters[0]] = groups[0] if groups else None
+    found: dist.ProcessGroup | None = _WRAPPERS[parameters[0]]
+    return found
 
 
 def all_ranks() -> dist.ProcessGroup | None:
@@ -175,6 +269,10 @@ def broadcast_parameters(parameters: Sequence[Tensor], group: dist.ProcessGroup 
     with torch.no_grad():
         for parameter in parameters:
             dist.broadcast(parameter.detach(), source, group=group)
+
+
+def _has_rows(gradient: Tensor) -> bool:
+    return gradient.is_sparse and gradient.sparse_dim() == 1
 
 
 def _device_of(group: dist.ProcessGroup, device: torch.device) -> torch.device:
@@ -199,7 +297,7 @@ def _agree(
             if loss.samples:
                 totals[0, i] += loss.value.detach().to(totals) * loss.samples
         totals[1, i] = sum(loss.samples for loss in losses)
-        totals[2, i] = not losses
+        totals[2, i] = 0 if losses else 1 if any(seen.values()) else SILENT
     dist.all_reduce(totals, group=group)
     counts, missing = ([round(n) for n in row] for row in totals[1:].tolist())
     values = (totals[0] / totals[1]).to(like).unbind()

@@ -90,7 +90,7 @@ class Problem:
 
     tasks = ("income", "unmarried")
     steps = 100
-    doublings = 4
+    doublings = 2
     network: Callable[..., Any] = Network
     labelled = (1.0, 1.0)
 

@@ -84,7 +84,7 @@ class Problem:
     single = False  # Eleven networks, each with its own search, would take as long as all the rest.
     normalised = False
     steps = 200
-    doublings = 2
+    doublings = 1
 
     def __init__(self, seed: int) -> None:
         self.splits = load()

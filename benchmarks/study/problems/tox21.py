@@ -66,7 +66,7 @@ class Problem:
     tasks = TASKS
     single = False  # Twelve networks, each with its own search, would take as long as all the rest.
     steps = 50
-    doublings = 4
+    doublings = 2
 
     def __init__(self, seed: int) -> None:
         self.splits = load()

@@ -45,7 +45,7 @@ class Problem:
 
     tasks = ("digits", "garments")
     steps = 100
-    doublings = 4
+    doublings = 2
 
     def __init__(self, seed: int) -> None:
         self.splits = load()
