@@ -102,8 +102,8 @@ def test(network: Network, task: str, held_out: Batch) -> float:
     x, y = held_out
     output = network(task, x)
     if task == "digit":
-        return 100 * (output.argmax(1) != y).float().mean().item()
-    return 100 * (mse_loss(output, y) / y.var()).item()
+        return 100 * float((output.argmax(1) != y).float().mean())
+    return 100 * float(mse_loss(output, y) / y.var())
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:

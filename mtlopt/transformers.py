@@ -179,7 +179,7 @@ class MultiTaskTrainer(Trainer):
             self.create_optimizer()
         self._evaluated: dict[str, list[Tensor]] = {}
         keys = (prediction_loss_only, ignore_keys, metric_key_prefix)
-        output = super().evaluation_loop(dataloader, description, *keys)
+        output: Any = super().evaluation_loop(dataloader, description, *keys)
         found = {}
         for task in names_of(*self._own.tasks):
             own = sum(self._evaluated.get(task, []), torch.zeros(2, device=self.args.device))

@@ -79,8 +79,8 @@ def test_ignite_trains_saves_and_resumes_as_the_plain_loop(method: str, tmp_path
 @pytest.mark.parametrize("method", SEQUENTIAL)
 def test_monais_trainer_takes_the_step_as_its_iteration(method: str) -> None:
     from ignite.engine import Events
-    from monai.engines import SupervisedTrainer
-    from monai.handlers import LrScheduleHandler
+    from monai.engines.trainer import SupervisedTrainer
+    from monai.handlers.lr_schedule_handler import LrScheduleHandler
 
     network, optimizer, batches = prepare(method)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
@@ -101,7 +101,8 @@ def test_monais_trainer_takes_the_step_as_its_iteration(method: str) -> None:
         decollate=False,
     )
     assert trainer.optimizer is optimizer
-    handler = LrScheduleHandler(schedule, print_lr=False, epoch_level=False)
+    step: Any = schedule
+    handler = LrScheduleHandler(step, print_lr=False, epoch_level=False)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
     trainer.run()
     assert_same(network.state_dict(), train_plainly(method).state_dict())
@@ -135,7 +136,7 @@ def test_fabrics_wrapper_serves_the_imperative_form(method: str) -> None:
 
     model, twin = twins()
     own, other = all_methods.make_for(model, method), all_methods.make_for(twin, method)
-    wrapped = Fabric(accelerator="cpu", devices=1).setup_optimizers(own)
+    wrapped: Any = Fabric(accelerator="cpu", devices=1).setup_optimizers(own)
     for x, y in draw(3):
         for network, optimizer in ((model, wrapped), (twin, other)):
             optimizer.zero_grad()
@@ -160,15 +161,17 @@ def test_helpers_that_rebuild_mappings_leave_an_optimizer_alone(method: str) -> 
     from ignite.utils import apply_to_type
     from lightning.fabric import Fabric
     from lightning_utilities.core.apply_func import apply_to_collection
-    from monai.utils import convert_to_tensor
+    from monai.utils.type_conversion import convert_to_tensor
 
-    network, optimizer, _ = prepare(method)
+    network, made, _ = prepare(method)
+    optimizer: Any = made
     assert send_to_device(optimizer, "cpu") is optimizer
     assert apply_to_collection([optimizer], torch.Tensor, lambda x: x + 1)[0] is optimizer
     assert convert_to_tensor(optimizer) is optimizer
     kind: Any = mtlopt.MultiTaskOptimizer
     assert apply_to_type(optimizer, kind, lambda found: found) is optimizer
-    assert Fabric(accelerator="cpu", devices=1).setup(network, optimizer)[1].optimizer is optimizer
+    pair: Any = Fabric(accelerator="cpu", devices=1).setup(network, made)
+    assert pair[1].optimizer is optimizer
     forget_processes()
     prepared: Any = Accelerator(cpu=True).prepare(optimizer)
     assert prepared.optimizer is optimizer

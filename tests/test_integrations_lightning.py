@@ -257,7 +257,7 @@ def test_the_learning_rate_finder_suggests_what_it_does_for_a_plain_module(
     method: str, tmp_path: Path
 ) -> None:
     import lightning
-    from lightning.pytorch.tuner import Tuner
+    from lightning.pytorch.tuner.tuning import Tuner
 
     def suggest(make: Any) -> float:
         torch.manual_seed(0)

@@ -37,9 +37,9 @@ def test_two_optimizers_go_backward_through_one_graph(method: str) -> None:
         critic.zero_grad()
         z = model.trunk(x)
         own = {t: mse_loss(model.heads[t](z), y[t].expand(-1, 2)) for t in TASKS}
-        further = value_losses(model, values, z, y)
+        worth = value_losses(model, values, z, y)
         actor.backward(own, retain_graph=True)
-        critic.backward(further)
+        critic.backward(worth)
         actor.step()
         critic.step()
         # The heads belong to a task each, so every method leaves them their plain gradient.
@@ -53,7 +53,7 @@ def test_two_optimizers_go_backward_through_one_graph(method: str) -> None:
             plain.step()
     assert_close(model, twin)
     with pytest.raises(RuntimeError, match=r"backward\(losses, retain_graph=True\)"):
-        critic.backward(further)
+        critic.backward(worth)
 
 
 def test_micro_batches_count_tokens_and_one_may_have_none() -> None:
