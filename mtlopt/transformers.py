@@ -187,8 +187,9 @@ class MultiTaskTrainer(Trainer):
             if count:
                 found[task] = total / count
         prefix = f"{metric_key_prefix}_loss"
-        output.metrics[prefix] = sum(found.values())
-        output.metrics.update({f"{prefix}_{task}": value for task, value in found.items()})
+        metrics: Any = output.metrics
+        metrics[prefix] = sum(found.values())
+        metrics.update({f"{prefix}_{task}": value for task, value in found.items()})
         return output
 
     def prediction_step(

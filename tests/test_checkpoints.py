@@ -1,5 +1,6 @@
 """Checkpoints that torch.distributed writes: from two ranks, to one and to four."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage"),
 ]
 dcp: Any = checkpoint  # its names are not exported for type checkers
-METHODS = ("pcgrad", "gradnorm", "independent")
+METHODS = ("balanced", "pcgrad", "gradnorm", "independent")
 
 
 def make(method: str, ranks: int) -> tuple[Any, Any, Any]:
@@ -42,11 +43,11 @@ def make(method: str, ranks: int) -> tuple[Any, Any, Any]:
     else:
         base = torch.optim.Adam(model.parameters(), lr=0.01)
         shared = [model.trunk[2].weight]
-        optimizer = (
-            mtlopt.PCGrad(base, TASKS)
-            if method == "pcgrad"
-            else mtlopt.GradNorm(base, TASKS, shared=shared)
-        )
+        optimizer = {
+            "balanced": partial(mtlopt.Balanced, every=3),
+            "pcgrad": mtlopt.PCGrad,
+            "gradnorm": partial(mtlopt.GradNorm, shared=shared),
+        }[method](base, TASKS)
     return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import goods
 import mtlopt
+import problems
 from frameworks import METHODS, STEPS, Run, assert_same, fit, load, run, train_plainly
 from goods import TASKS
 
@@ -102,7 +103,7 @@ def test_lightning_logs_every_tasks_loss_and_schedules_by_its_own_switch() -> No
     assert group["lr"] == pytest.approx(0.01 * 0.997**16)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "balanced"])
 def test_lightnings_scaler_serves_float16(method: str) -> None:
     """On a CPU the trainer turns 16-mixed into bfloat16, so the plugin is built here."""
     from lightning.pytorch.plugins import MixedPrecision
@@ -293,3 +294,22 @@ def test_early_stopping_finds_a_loss_that_is_not_finite() -> None:
     stop = EarlyStopping("loss", patience=100, check_on_train_epoch_end=True)
     trained = fit("pcgrad", module=lambda: Module("pcgrad"), max_epochs=9, callbacks=[stop])
     assert trained.returned.global_step == 16  # at the end of the second epoch
+
+
+def test_lightnings_wrapper_measures_at_every_tenth_step_as_well() -> None:
+    """It copies the optimizer's attributes, so that `backward` runs on a second object."""
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    model, twin = problems.twins()
+    optimizer, other = (
+        mtlopt.Balanced(torch.optim.SGD(m.parameters(), lr=0.05), problems.TASKS, every=2)
+        for m in (model, twin)
+    )
+    wrapped: Any = LightningOptimizer(optimizer)
+    for x, y in problems.batches(5):
+        wrapped.zero_grad()
+        wrapped.backward(problems.make_losses(model)(problems.TASKS, x, y))
+        optimizer.step()
+        other.step(problems.make_losses(twin), x, y)
+    assert optimizer.weights == other.weights
+    problems.assert_equal(problems.snapshot(model), problems.snapshot(twin))

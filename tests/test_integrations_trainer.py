@@ -151,7 +151,7 @@ def test_trainer_takes_an_optimizer_that_was_made_before(tmp_path: Path) -> None
     assert "conflict_fraction" in optimizer.diagnostics()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "balanced"])
 def test_trainers_scaler_serves_float16(method: str, tmp_path: Path) -> None:
     """Trainer allows `fp16` on a GPU alone, so what Accelerate makes of it is set by hand."""
 

@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 import mtlopt
 
-METHODS = ("independent", "joint", "pcgrad", "gradnorm")
+METHODS = ("independent", "joint", "balanced", "pcgrad", "gradnorm")
 TASKS = ("price", "days", "sold")
 Batch = Mapping[str, Tensor]
 
@@ -53,6 +53,8 @@ def wrap(
         return mtlopt.IndependentOptimizer(adam, TASKS, **options)
     if method == "joint":
         return mtlopt.JointOptimizer(adam, TASKS, **options)
+    if method == "balanced":
+        return mtlopt.Balanced(adam, TASKS, **options)
     if method == "pcgrad":
         return mtlopt.PCGrad(adam, TASKS, **options)
     return mtlopt.GradNorm(adam, TASKS, shared=network.trunk[-2].parameters(), **options)

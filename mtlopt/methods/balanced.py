@@ -170,7 +170,8 @@ class Balanced(CombiningOptimizer):
         ]
         weights, norms, latest = torch.tensor(columns, dtype=torch.float64)
         sizes = weights * latest
-        return {"weights": weights, "norms": norms, "shares": sizes / sizes.nansum()}
+        found = {"weights": weights, "norms": norms, "shares": sizes / sizes.nansum()}
+        return found | self._skipped()
 
     def _root(self, average: float) -> float:
         return average**0.5 if self.by == "gradients" else average
