@@ -89,6 +89,8 @@ class ByHand:
                 objectives[task] = sum(present[1:], present[0])
         if self.steps % self.every == 0:
             self.due.update(self.tasks)
+        else:
+            self.due -= self.squares.keys()
         for task, objective in objectives.items():
             if task in self.due:
                 vector = reference.gradient_vector(objective, self.measured(outputs))
@@ -181,7 +183,7 @@ def test_one_task_a_batch_is_measured_too() -> None:
         values = {own: make_losses(model)((own,), x, y)[own]}
         vector = reference.gradient_vector(values[own], list(model.trunk.parameters()))
         optimizer.step(values)
-        if step in (1, 10, 11):  # At the first step nothing was known to be shared.
+        if step in (1, 10):  # At the first step nothing was known to be shared.
             new = float(vector.square().sum())
             squares[own] = 0.9 * squares.get(own, new) + 0.1 * new
     norms = optimizer.diagnostics()["norms"]

@@ -43,11 +43,12 @@ def make(method: str, ranks: int) -> tuple[Any, Any, Any]:
     else:
         base = torch.optim.Adam(model.parameters(), lr=0.01)
         shared = [model.trunk[2].weight]
-        optimizer = {
+        methods: dict[str, Any] = {
             "balanced": partial(mtlopt.Balanced, every=3),
             "pcgrad": mtlopt.PCGrad,
             "gradnorm": partial(mtlopt.GradNorm, shared=shared),
-        }[method](base, TASKS)
+        }
+        optimizer = methods[method](base, TASKS)
     return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 
 

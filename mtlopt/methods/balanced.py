@@ -44,7 +44,7 @@ class Balanced(CombiningOptimizer):
     backward passes: with `features` through the heads alone, with `shared` down to these
     parameters, otherwise whole ones. All steps are exactly those of :class:`JointOptimizer` with
     the weights in force, and between measurements cost the same. A task that is absent at a
-    measurement is measured when it comes. Where `backward` is called several times before a step,
+    measurement keeps its average; one that has none is measured when it comes. Where `backward` is called several times before a step,
     a task's first call measures it.
 
     The rule is not new. Its weights are the fixed point of GradNorm with :math:`\alpha = 0`,
@@ -281,7 +281,7 @@ class Averages:
         self.steps = 0
         self.by_task: dict[Task, float] = {}
         self.latest: dict[Task, float] = {}
-        # A task that is absent when it is due is measured when it comes.
+        # A task that has never been measured stays due until it comes.
         self.due: set[Task] = set()
         # The tasks whose losses have depended on each parameter: absent ones count as well.
         self.reached: list[set[Task]] = []
@@ -296,6 +296,8 @@ class Averages:
             before = set(self.due)
             if self.steps % self.every == 0 and len(self.tasks) > 1:
                 self.due.update(self.tasks)
+            else:  # An absent task keeps its average until the next measurement.
+                self.due.difference_update(self.by_task)
             if self.due:
                 self.earlier = dict(self.by_task), before
 
