@@ -116,7 +116,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 # through.
 STEPS: dict[str, tuple[Callable[[nn.Module], mtlopt.MultiTaskOptimizer], int, int]] = {
     "joint": (lambda m: mtlopt.JointOptimizer(adam(m), TASKS), 8, 35),
-    "balanced": (lambda m: mtlopt.Balanced(adam(m), TASKS), 8, 45),
+    "balanced": (lambda m: mtlopt.Balanced(adam(m), TASKS), 9, 45),
     "alternating": (lambda m: mtlopt.AlternatingOptimizer(adam(m), TASKS), 8, 35),
     "independent": (lambda m: mtlopt.IndependentOptimizer(adam(m), TASKS), 8, 35),
     "gradnorm": (

@@ -203,7 +203,8 @@ class Balanced(CombiningOptimizer):
 
     def _note(self, rows: Rows) -> Mapping[Task, float]:
         """Notes the norms of the tasks' gradients, and returns the weights in force."""
-        if rows.gradients:
+        # Nothing to note of features that are frozen: the tasks stay due.
+        if any(rows.gradients.values()) or (rows.gradients and rows.is_distributed):
             norms = self._norms(rows)
             scale, *numbers = to_numbers([self._scale_of_gradients(), *norms.values()])
             found = zip(norms, numbers, strict=True)
@@ -223,7 +224,7 @@ class Balanced(CombiningOptimizer):
                 f"`shared` must be used by every task, got parameters on which the loss of "
                 f"{lacking[0]!r} does not depend."
             )
-        if len(lacking) == len(rows.gradients) > 0 and not rows.is_distributed:
+        if len(lacking) == len(rows.gradients) and not rows.is_distributed:
             self._report.mistakes.append(Mistake("uncut"))
         return dict(zip(rows.gradients, rows.norms(), strict=True))
 
