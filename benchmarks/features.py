@@ -159,19 +159,24 @@ def main() -> None:
             for peak in timing.in_processes(options, children, list(map(str, arguments)))
         ]
         for position, name in enumerate(names):
-            more = f"{peaks[position] - peaks[0]:+.0f}" if peaks else ""
+            more = [f"{peaks[position] - peaks[0]:+.0f}"] if peaks else []
             label = f"ResNet-18, T = {count}" if count else "glaucoma network, T = 4"
             times = [f"{1e3 * found[name]:.0f}", timing.ratio(results, name, BY_HAND)]
-            rows.append([label, name, *times, more])
+            rows.append([label, name, *times, *more])
     text = (
         f"A step of Balanced is the mean over {EVERY}, of which one measures. "
         f"Batches of {options.batch_size} pictures of {options.size} x {options.size}; the "
         f"glaucoma network of width {options.width}. Medians of {options.processes} processes' "
         f"medians over {options.repetitions} interleaved steps; ratios with their range over the "
-        "processes; peak memory of a process of its own, above the joint loop's; TorchJD "
-        "and its solver are in UPGrad's.\n\n"
+        "processes"
     )
-    columns = ["network", "method", "ms", "times the joint loop by hand", "MiB more"]
+    columns = ["network", "method", "ms", "times the joint loop by hand"]
+    if options.times_only:
+        text += ".\n\n"
+    else:
+        columns.append("MiB more")
+        text += "; peak memory of a process of its own, above the joint loop's; TorchJD "
+        text += "and its solver are in UPGrad's.\n\n"
     timing.write_results(options, "features", text + timing.write_table(columns, rows))
 
 

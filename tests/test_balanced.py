@@ -668,6 +668,18 @@ def test_shared_parameters_that_a_task_does_not_use_are_an_error() -> None:
         optimizer.step(make_losses(model), *batches(1)[0])
 
 
+@pytest.mark.parametrize("micro", [False, True])
+def test_features_that_are_frozen_are_measured_once_they_are_not(micro: bool) -> None:
+    model = Network()
+    optimizer = make(model, "features")
+    model.trunk.requires_grad_(False)
+    for step, batch in enumerate(batches(3)):
+        if step == 2:
+            model.trunk.requires_grad_(True)
+        optimizer.step(make_losses(model), micro_batches=[batch] * (1 + micro))
+        assert (optimizer.weights == dict.fromkeys(TASKS, 1.0)) == (step < 2)
+
+
 def test_features_that_no_loss_depends_on_are_a_warning() -> None:
     model = Network()
     optimizer = mtlopt.Balanced(SGD(model.parameters(), lr=0.1), TASKS, features=model.trunk)

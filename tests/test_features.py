@@ -279,6 +279,7 @@ def test_what_cannot_work_with_features_is_refused() -> None:
 
 
 FEATURES: dict[str, Callable[..., Any]] = {
+    "balanced": mtlopt.Balanced,
     "pcgrad": mtlopt.PCGrad,
     "gradnorm": mtlopt.GradNorm,
     "aggregated": lambda base, tasks, **options: mtlopt.Aggregated(

@@ -69,6 +69,8 @@ def grad_of(loss: Tensor, tensors: Sequence[Tensor]) -> Gradients:
     The results may share memory with other tensors.
     """
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    if not wanted:
+        return [None] * len(tensors)
     try:
         found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     except RuntimeError as error:

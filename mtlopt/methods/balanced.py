@@ -44,8 +44,8 @@ class Balanced(CombiningOptimizer):
     backward passes: with `features` through the heads alone, with `shared` down to these
     parameters, otherwise whole ones. All steps are exactly those of :class:`JointOptimizer` with
     the weights in force, and between measurements cost the same. A task that is absent at a
-    measurement keeps its average; one that has none is measured when it comes. Where `backward` is called several times before a step,
-    a task's first call measures it.
+    measurement keeps its average; one that has none is measured when it comes. If `backward` is
+    called several times before a step, a task's first call measures it.
 
     The rule is not new. Its weights are the fixed point of GradNorm with :math:`\alpha = 0`,
     reached directly. At the features it is EnCodec's balancer, which averages norms and measures
@@ -205,7 +205,8 @@ class Balanced(CombiningOptimizer):
 
     def _note(self, rows: Rows) -> Mapping[Task, float]:
         """Notes the norms of the tasks' gradients, and returns the weights in force."""
-        if rows.gradients:
+        # Nothing to note of features that are frozen: the tasks stay due.
+        if any(rows.gradients.values()) or (rows.gradients and rows.is_distributed):
             norms = self._norms(rows)
             scale, *numbers = to_numbers([self._scale_of_gradients(), *norms.values()])
             found = zip(norms, numbers, strict=True)
@@ -225,7 +226,7 @@ class Balanced(CombiningOptimizer):
                 f"`shared` must be used by every task, got parameters on which the loss of "
                 f"{lacking[0]!r} does not depend."
             )
-        if len(lacking) == len(rows.gradients) > 0 and not rows.is_distributed:
+        if len(lacking) == len(rows.gradients) and not rows.is_distributed:
             self._report.mistakes.append(Mistake("uncut"))
         return dict(zip(rows.gradients, rows.norms(), strict=True))
 
