@@ -380,6 +380,16 @@ def test_the_pages_on_the_results_have_every_file_of_them() -> None:
             assert str(file.relative_to(ROOT)) in text, file
 
 
+def test_the_rows_that_the_page_on_choosing_quotes_are_those_of_the_summary() -> None:
+    page = (ROOT / "docs/how-to/choose-a-method.md").read_text(encoding="utf-8")
+    summary = (ROOT / "benchmarks/results/study/headline.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(): line for line in summary.splitlines()}
+    quoted = re.findall(r"\*([^*|]+)\* ([−+][\d.]+ [▲▼])", page)
+    assert len(quoted) >= 6
+    for method, value in quoted:
+        assert f" {value} |" in rows[method], (method, value)
+
+
 def test_a_difference_is_the_mean_relative_change_against_the_rival_seed_by_seed() -> None:
     rival = {0: {"error": 2.0, "auc": 0.5}, 1: {"error": 4.0, "auc": 0.5}}
     own = {0: {"error": 1.0, "auc": 0.6}, 1: {"error": 6.0, "auc": 0.5}, 2: {"error": 0.0}}

@@ -69,6 +69,16 @@ def table(findings: Findings, view: View) -> str:
     return text
 
 
+def by_task(view: View) -> str:
+    """Returns the means of all metrics, the best method first."""
+    names = list(next(iter(view.tests[TUNED].values())))
+    rows = []
+    for method in view.best_first:
+        means = mean_of(view.tests[method])
+        rows.append([method, *(f"{means[name]:.3g}" for name in names)])
+    return write_table(["method", *names], rows)
+
+
 def worst(means: dict[str, float], findings: Findings) -> float:
     """Returns the worst of many metrics that are measured alike."""
     return max(means.values()) if findings.lower_is_better else min(means.values())
@@ -160,6 +170,8 @@ def write_report(folder: Path, studies: Sequence[Study]) -> None:
             "searched": searched(found),
             "sentence": sentence(found),
         }
+        if len(found.tasks) > MANY:
+            texts["metrics"] = by_task(found.equal)
         for name, text in texts.items():
             (study.folder / f"{name}.md").write_text(text, encoding="utf-8")
         draw(found.equal).savefig(study.folder / "equal-compute.png", dpi=DOTS)
