@@ -4,6 +4,7 @@ It needs ``pip install lightning``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mtlopt._frameworks import (
     expects_ddp,
     reduce_in_ddp,
     reduce_in_the_optimizer,
+    sum_losses,
 )
 
 try:
@@ -36,7 +38,9 @@ class MultiTaskModule(LightningModule):
     Everything else is Lightning's own: ``max_steps``, ``accumulate_grad_batches`` (each task's
     gradient is averaged over the batches that have its labels), ``gradient_clip_val`` (around each
     update: a step per task is clipped per task), ``precision`` with its scaler, schedulers by their
-    ``interval``, ``ModelCheckpoint``. Each task's loss is logged as ``loss_<task>``.
+    ``interval``, ``ModelCheckpoint``. Each task's loss is logged as ``loss_<task>`` and their sum
+    as ``loss``, which the progress bar shows. The sum is also what Lightning takes for the step's
+    loss: callbacks and the learning-rate finder read it.
 
     On several devices choose ``strategy="ddp"``. A step per task then goes through DDP, and the
     methods that combine gradients reduce them themselves.
@@ -87,6 +91,8 @@ class MultiTaskModule(LightningModule):
             values: The present tasks' losses, detached.
         """
         self.log_dict({f"loss_{task}": value for task, value in values.items()})
+        if values:
+            self.log("loss", sum_losses(list(values.values()), self.device), prog_bar=True)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Keeps the batch for the step.
@@ -96,7 +102,7 @@ class MultiTaskModule(LightningModule):
             batch_idx: Its number in the epoch.
 
         Returns:
-            Zero: Lightning has no backward pass to take.
+            Zero, which becomes the sum of the losses once the step has been taken.
         """
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._micro_batches = []
@@ -128,16 +134,17 @@ class MultiTaskModule(LightningModule):
             optimizer_closure: Calls :meth:`training_step`.
         """
         strategy: Any = self.trainer.strategy
-        if optimizer_closure is not None:
-            if isinstance(strategy, DDPStrategy):
-                # Nothing goes backward through Lightning's own wrapper.
-                with strategy.block_backward_sync():
-                    optimizer_closure()
-            else:
-                optimizer_closure()
+        # Nothing goes backward through Lightning's own wrapper.
+        in_ddp = isinstance(strategy, DDPStrategy)
+        with strategy.block_backward_sync() if in_ddp else nullcontext():
+            reported = None if optimizer_closure is None else optimizer_closure()
         own = self._prepare(optimizer.optimizer)
-        self.log_losses(own.step(self._ask, micro_batches=self._micro_batches))
+        values = own.step(self._ask, micro_batches=self._micro_batches)
         self._micro_batches = []
+        if reported is not None:
+            # The tensor that Lightning hands on when the batch ends: only now is the loss known.
+            reported.copy_(sum_losses(list(values.values()), reported.device))
+        self.log_losses(values)
 
     def _ask(self, tasks: Sequence[str], batch: Any) -> Any:
         wrapper = self._prepared[1]

@@ -37,8 +37,11 @@ class MultiTaskTrainer(Trainer):
     precision and checkpoints. The mean of each task's loss is logged as ``loss_<task>``;
     ``grad_norm`` is the largest of the last batch's updates.
 
-    Set ``remove_unused_columns=False`` where the model's ``forward`` does not name the targets, and
-    for ``evaluate()`` name them in ``label_names``; its ``eval_loss`` is the sum of the losses.
+    Set ``remove_unused_columns=False`` where the model's ``forward`` does not name the targets.
+    ``evaluate()`` returns each task's loss as ``eval_loss_<task>`` and their sum as ``eval_loss``.
+    ``compute_metrics`` and ``predict()`` get what the model returned while :meth:`losses` called
+    it, and as labels the entries of the batch that ``label_names`` lists, or else those that are
+    named after tasks.
 
     On several devices it runs under DDP, as Trainer does. A step per task then goes through DDP,
     and the methods that combine gradients reduce them themselves.
@@ -152,32 +155,88 @@ class MultiTaskTrainer(Trainer):
         self.accelerator.sync_gradients = False
         return sum_losses(list(values.values()), self.args.device)
 
-    def compute_loss(
+    def evaluation_loop(
         self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> Any:
-        """Returns the sum of all tasks' losses, for ``evaluate()``.
+        """Evaluates, as Trainer does, and adds each task's loss to the metrics.
 
         Args:
-            model: The model.
-            inputs: A batch.
-            return_outputs: Whether to return outputs too, which are left empty.
-            num_items_in_batch: Not used.
+            dataloader: Batches.
+            description: What is done.
+            prediction_loss_only: Whether neither outputs nor labels are wanted.
+            ignore_keys: Outputs to leave out.
+            metric_key_prefix: Start of the metrics' names.
 
         Returns:
-            The sum, or the sum and a mapping that holds it.
+            Trainer's result. Losses are averaged over batches, by their counts.
         """
         if not hasattr(self, "_own"):  # before any training
             self.create_optimizer()
-        found = self.losses(model, names_of(*self._own.tasks), inputs).values()
-        values = [
-            loss[0] if isinstance(loss, tuple) else loss for loss in found if loss is not None
-        ]
-        total = sum_losses(values, self.args.device)
-        return (total, {"loss": total}) if return_outputs else total
+        self._evaluated: dict[str, list[Tensor]] = {}
+        keys = (prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(dataloader, description, *keys)
+        found = {}
+        for task in names_of(*self._own.tasks):
+            own = sum(self._evaluated.get(task, []), torch.zeros(2, device=self.args.device))
+            total, count = self.accelerator.reduce(own).tolist()
+            if count:
+                found[task] = total / count
+        prefix = f"{metric_key_prefix}_loss"
+        output.metrics[prefix] = sum(found.values())
+        output.metrics.update({f"{prefix}_{task}": value for task, value in found.items()})
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Any, Any]:
+        """Evaluates a batch.
+
+        Args:
+            model: The model.
+            inputs: The batch.
+            prediction_loss_only: Whether neither outputs nor labels are wanted.
+            ignore_keys: Outputs to leave out.
+
+        Returns:
+            The sum of the losses, the model's outputs and the labels, as Trainer's own.
+        """
+        inputs, tasks = self._prepare_inputs(inputs), names_of(*self._own.tasks)
+        returned: list[Any] = []
+        hook = model.register_forward_hook(lambda module, given, output: returned.append(output))
+        try:
+            with torch.no_grad():
+                found = self._ask(model, tasks, inputs)
+        finally:
+            hook.remove()
+        values = {}
+        for task, loss in found.items():
+            value, count = loss if isinstance(loss, tuple) else (loss, 1)
+            if value is not None and count:
+                values[task] = value
+                pair = torch.stack([value.float() * count, torch.full_like(value.float(), count)])
+                self._evaluated.setdefault(task, []).append(pair)
+        total = sum_losses(list(values.values()), self.args.device)
+        if prediction_loss_only:
+            return total, None, None
+        ignored = {"loss", *(ignore_keys or ())}
+        outputs: list[Any] = []
+        for output in returned:
+            if isinstance(output, Mapping):
+                outputs += [value for key, value in output.items() if key not in ignored]
+            else:
+                outputs += output if isinstance(output, (tuple, list)) else [output]
+        names = self.label_names or tasks
+        labels = [inputs[name] for name in names if inputs.get(name) is not None]
+        return total, _single(outputs), _single(labels)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs, beside what Trainer logs, the mean of each task's loss since the last time.
@@ -214,3 +273,8 @@ def inner_of(optimizer: Any) -> Any:
     while not isinstance(optimizer, MultiTaskOptimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _single(found: Sequence[Any]) -> Any:
+    """Returns what Trainer collects: one thing, a tuple of several, or None."""
+    return (found[0] if len(found) == 1 else tuple(found)) if found else None

@@ -3,11 +3,13 @@
 import copy
 import inspect
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torchjd.aggregation
+from torch import Tensor
+from torch.optim import SGD
 from torchjd.aggregation import Aggregator
 
 import mtlopt
@@ -22,6 +24,7 @@ from problems import (
     step_overflowing,
     twins,
 )
+from round_trips import by_file
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "CAGrad": {"c": 0.5},
@@ -233,3 +236,96 @@ def test_a_matrix_of_two_dtypes_is_of_the_wider() -> None:
     assert narrow.grad.dtype == torch.bfloat16
     assert wide.grad is not None
     assert wide.grad.tolist() == [torch.tensor(2 / 3).item()] * 2
+
+
+def test_a_state_goes_on_after_a_change_of_device() -> None:
+    """ExcessMTL recognises its state by the device it was made on: a GPU, as the file has it."""
+    model: Any = Network()
+    name = "ExcessMTL"
+    optimizer = make(model, make_aggregator(name))
+    data = batches(8)
+    for x, y in data[:4]:
+        optimizer.step(make_losses(model), x, y)
+    twin = copy.deepcopy(model)
+    later = make(twin, make_aggregator(name))
+    saved = copy.deepcopy(optimizer.state_dict())
+    changed = 0
+    for part in saved["mtlopt"]["aggregator"]:
+        if isinstance(key := part.get("_state_key"), tuple):
+            part["_state_key"] = (*key[:-1], torch.device("cuda", 1))
+            changed += 1
+    assert changed
+    later.load_state_dict(by_file(saved))
+    for own, network in ((optimizer, model), (later, twin)):
+        torch.manual_seed(0)
+        for x, y in data[4:]:
+            own.step(make_losses(network), x, y)
+    assert_equal(snapshot(model), snapshot(twin))
+
+
+def test_a_state_is_loaded_onto_the_device_of_its_inputs() -> None:
+    """A matrix is where the parameters are, here on `meta`; a Gramian is on the CPU."""
+    for name, device in (("ExcessMTL", "meta"), ("GradVac", "cpu")):
+        w = torch.ones(2, requires_grad=True)
+        here = mtlopt.Aggregated(SGD([w], lr=0.1), ["a", "b"], make_aggregator(name))
+        here.step({"a": w.sum(), "b": (w * torch.tensor([1.0, -2.0])).sum()})
+        far = torch.ones(2, requires_grad=True, device="meta")
+        there = mtlopt.Aggregated(SGD([far], lr=0.1), ["a", "b"], make_aggregator(name))
+        there.load_state_dict(here.state_dict())
+        buffers = list(there.aggregator.buffers())
+        assert {buffer.device.type for buffer in buffers} == {device}
+
+
+class Odd(torchjd.aggregation.Aggregator):
+    """Remembers a sum in a buffer, and holds a function."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(4, 6).double())
+        self.function = abs
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        self.seen = self.seen + matrix[:, :24].sum(0).view(4, 6)
+        out: Tensor = matrix.sum(0)
+        out[:24] = self.seen.flatten()
+        return out
+
+
+class OddWithState(Odd, torchjd.Stateful):
+    def reset(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [Odd, OddWithState])
+def test_the_state_of_a_rule_of_ones_own_is_saved(kind: Any) -> None:
+    """Though it has buffers alone, or an attribute that no file can hold."""
+    model: Any = Network()
+    optimizer = make(model, kind())
+    data = batches(6)
+    for x, y in data[:3]:
+        optimizer.step(make_losses(model), x, y)
+    twin = copy.deepcopy(model)
+    later = make(twin, kind())
+    later.load_state_dict(by_file(optimizer.state_dict()))
+    assert cast(Odd, later.aggregator).seen.any()
+    for own, network in ((optimizer, model), (later, twin)):
+        for x, y in data[3:]:
+            own.step(make_losses(network), x, y)
+    assert_equal(snapshot(model), snapshot(twin))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["UPGrad", "DualProj", "AlignedMTL", "Constant"])
+def test_preferences_are_taken_in_any_precision(name: str, dtype: torch.dtype) -> None:
+    """Against TorchJD on the Jacobian in that precision."""
+    model, preferences = Network(torch.float32), torch.tensor([0.2, 0.3, 0.5], dtype=dtype)
+    aggregator = getattr(torchjd.aggregation, name)(preferences)
+    x, y = batches(1)[0]
+    x, y = x.float(), {task: target.float() for task, target in y.items()}
+    matrix, trunk = jacobian(model, x, y)
+    expected = aggregator(matrix.to(dtype)).float()
+    make(model, aggregator).step(make_losses(model), x, y)
+    got = torch.cat([p.grad.flatten() for p in trunk])
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)

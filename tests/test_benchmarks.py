@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
         ("combination", ["--tasks", "2"], 2),
         ("steps", ["--width", "8", "--size", "32", "--memory", "joint"], 12),
         ("overhead", [], 3),
+        ("data_sets", ["--tasks", "2"], 2),  # Its header has numbers too.
         ("features", ["--tasks", "2", "--size", "32", "--width", "4"], 12),
         ("refuge_step", [*SMALL, "--eager"], 1 + 2),  # Its header has numbers too.
     ],

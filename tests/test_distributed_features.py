@@ -70,11 +70,11 @@ def train_where_labelled(method: str, labels: bool, **keywords: Any) -> dict[str
     return snapshot(model)
 
 
-def bytes_sent(own: range) -> int:
-    """Counts what one step of PCGrad reduces over the ranks."""
+def bytes_sent(own: range) -> list[int]:
+    """Counts what each of two steps of PCGrad reduces over the ranks."""
     model = network()
     optimizer = make("pcgrad", model, process_group=dist.group.WORLD)
-    sent = []
+    sent: list[int] = []
     reduce: Any = dist.all_reduce
 
     def count(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
@@ -83,9 +83,13 @@ def bytes_sent(own: range) -> int:
 
     dist.all_reduce = count
     x, y = batches(1, size=SIZE)[0]
-    optimizer.step(labelled_losses(model, x, y, own))
+    totals = []
+    for _ in range(2):
+        optimizer.step(labelled_losses(model, x, y, own))
+        totals.append(sum(sent))
+        sent.clear()
     dist.all_reduce = reduce
-    return sum(sent)
+    return totals
 
 
 def error_of_unequal_micro_batches(rank: int) -> str:
@@ -96,6 +100,35 @@ def error_of_unequal_micro_batches(rank: int) -> str:
         optimizer.step(make_losses(model), micro_batches=batches(1 + rank))
     assert_equal(snapshot(model), before)
     return str(raised.value)
+
+
+def error_of_copies(rank: int) -> list[str]:
+    """Tries prototypes, without a sample dimension, and then the same batch on every rank."""
+    found = []
+    for kind in ("prototypes", "one batch"):
+        model = network()
+        prototypes = torch.nn.Linear(4, 5, bias=False, dtype=torch.float64)
+        features: Any = [model.trunk, prototypes] if kind == "prototypes" else model.trunk
+        base = torch.optim.SGD([*model.parameters(), *prototypes.parameters()], lr=0.1)
+        optimizer = mtlopt.PCGrad(base, TASKS, features=features, process_group=dist.group.WORLD)
+        before = snapshot(model)
+        x, y = batches(1, size=SIZE)[0]
+        if kind == "prototypes":
+            x, y = x[rank::2], {t: v[rank::2] for t, v in y.items()}
+        eye = torch.eye(4, dtype=torch.float64)
+
+        def losses(tasks: Any) -> dict[str, Tensor]:
+            close = model.trunk(x) @ prototypes(eye).T
+            return {
+                t: (close.sum(1, keepdim=True) * i - y[t]).square().mean()
+                for i, t in enumerate(tasks)
+            }
+
+        with pytest.raises(ValueError, match="`features` must have a sample dimension") as raised:
+            optimizer.step(losses)
+        assert_equal(snapshot(model), before)
+        found.append(str(raised.value))
+    return found
 
 
 def refuse_shards(own: range) -> None:
@@ -122,6 +155,7 @@ def work(rank: int, folder: str) -> None:
         "unlabelled": {m: train_where_labelled(m, rank == 0, **group) for m in METHODS},
         "sent": bytes_sent(own),
         "unequal": error_of_unequal_micro_batches(rank),
+        "copies": error_of_copies(rank),
     }
     if SHARDS:
         refuse_shards(own)
@@ -152,13 +186,18 @@ def test_ranks_equal_one_process_on_the_joined_batch(
 
 
 def test_a_step_sends_one_matrix_and_one_gradient(ranks: list[dict[str, Any]]) -> None:
-    """And the counts and losses, which parameters have a gradient, and the micro-batches."""
+    """And the counts and losses, which parameters have a gradient, and the micro-batches.
+
+    The first step also compares the features.
+    """
     gradient = sum(p.numel() for p in Network().parameters()) * 8
     matrix = len(TASKS) ** 2 * 8
     counts = 3 * len(TASKS) * 8
     reached = 5 * 4
     micro_batches = 2 * 8
-    assert ranks[0]["sent"] == gradient + matrix + counts + reached + micro_batches
+    compared = 2 * 32 * 4 * 8
+    first = gradient + matrix + counts + reached + micro_batches + compared
+    assert ranks[0]["sent"] == [first, first - compared]
 
 
 def test_a_rank_without_labels_need_not_call_the_features(ranks: list[dict[str, Any]]) -> None:
@@ -177,3 +216,12 @@ def test_unequal_numbers_of_micro_batches_are_an_error_on_every_rank(
     """Never a deadlock; without `features` the numbers may differ."""
     for rank, found in enumerate(ranks):
         assert f"got {1 + rank} on this one of 2 that have 3" in found["unequal"]
+
+
+def test_features_without_a_sample_dimension_are_refused(ranks: list[dict[str, Any]]) -> None:
+    """Their gradients had to be summed first: products of the parts lack those across ranks."""
+    for rank in ranks:
+        prototypes, one_batch = rank["copies"]
+        assert "got output 1 [(4, 5)] with the same numbers on all ranks" in prototypes
+        assert "got output 0 [(12, 5)]" in one_batch
+        assert "give each rank its own samples" in one_batch

@@ -84,6 +84,25 @@ def test_a_plain_gradient_after_a_combined_one_warns(method: str, before: str) -
 
 
 @combining
+def test_a_combined_gradient_that_was_replaced_does_not_warn(method: str) -> None:
+    """As by gradient centralisation, or a loop that averages gradients over processes."""
+    model = Network()
+    optimizer = METHODS[method](model)
+    for x, y in batches(2):
+        optimizer.zero_grad()
+        optimizer.backward(make_losses(model)(TASKS, x, y))
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad - parameter.grad.mean()
+        optimizer.step()
+        model.zero_grad()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    plain_backward(model)
+    with pytest.warns(UserWarning, match="did not make"):
+        optimizer.step()
+
+
+@combining
 def test_gradients_of_zero_do_not_warn(method: str) -> None:
     """Torch steps on zeros to create the state that a distributed checkpoint is loaded into."""
     model = Network()

@@ -1,9 +1,11 @@
 """Where `features=` cuts the graph: nested outputs, several modules, hooks, skip connections."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -277,3 +279,228 @@ def test_features_that_no_loss_depends_on_warn_once() -> None:
         optimizer.step(losses)
     optimizer.step(losses)
     assert len(caught) == 1
+
+
+class Sample(NamedTuple):
+    maps: Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    maps: Any
+    sizes: tuple[int, ...]
+
+
+class Named(dict[str, Any]):
+    """A mapping of its own class, and of its own attributes."""
+
+
+class Slotted:
+    __slots__ = ("maps",)
+
+    def __init__(self, maps: Any) -> None:
+        self.maps = maps
+
+
+def packed(z: Tensor) -> Any:
+    lengths = torch.full((len(z),), z.shape[1])
+    return nn.utils.rnn.pack_padded_sequence(z, lengths, batch_first=True)
+
+
+CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "dataclass": (lambda z: Images(z, (1, 2)), lambda found: found.maps),
+    "nested": (lambda z: [Images({"maps": Slotted(z)}, ())], lambda f: f[0].maps["maps"].maps),
+    "mapping": (lambda z: Named(maps=z), lambda found: found["maps"]),
+    "slots": (Slotted, lambda found: found.maps),
+    "named tuple": (Sample, lambda found: found.maps),
+    "packed sequence": (packed, lambda f: nn.utils.rnn.pad_packed_sequence(f, True)[0]),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_tensors_are_cut_in_objects_that_torch_does_not_know(kind: str) -> None:
+    """Beside a tensor that the heads do not use; detection models return such objects."""
+    make, read = CONTAINERS[kind]
+    model, expected = twins()
+
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model.trunk
+
+        def forward(self, x: Tensor) -> Any:
+            z = self.inner(x)
+            self.returned = make(z.unsqueeze(1))
+            return z * 2, self.returned
+
+    trunk = Trunk()
+
+    def losses(tasks: Any, x: Tensor, y: Any) -> dict[str, Tensor]:
+        _, found = trunk(x)
+        assert type(found) is type(trunk.returned)
+        z = read(found).squeeze(1)
+        scales = dict(zip(TASKS, (1.0, 3.0, 0.2), strict=True))
+        return {t: scales[t] * ((model.heads[t](z) - y[t]) ** 2).mean() for t in tasks}
+
+    optimizer = mtlopt.PCGrad(adam(model), TASKS, features=trunk)
+    plain = mtlopt.PCGrad(adam(expected), TASKS, features=expected.trunk)
+    for x, y in batches(3):
+        optimizer.step(losses, x, y)
+        plain.step(make_losses(expected), x, y)
+        assert plain.diagnostics()["cosines"].count_nonzero() == 9
+    assert_close(model, expected)
+    assert read(trunk.returned).grad_fn is not None  # The module's own object is unchanged.
+
+
+def test_features_that_no_two_tasks_use_warn_once() -> None:
+    """Here the trunk is called once per task."""
+    model = Network()
+    x, y = batches(1)[0]
+    optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk)
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        return {t: (model(x, (t,))[t] - y[t]).square().mean() for t in tasks}
+
+    with pytest.warns(UserWarning, match="No output of `features` is used by two tasks") as caught:
+        optimizer.step(losses)
+    optimizer.step(losses)
+    optimizer.step(lambda tasks: losses(("a",)))  # One present task has no other to share with.
+    assert len(caught) == 1
+
+
+def test_one_present_task_does_not_warn_of_features_that_it_alone_uses() -> None:
+    model = Network()
+    x, y = batches(1)[0]
+    optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk)
+    optimizer.step(lambda tasks: {"a": (model(x, ("a",))["a"] - y["a"]).square().mean()})
+
+
+def make_at_features(method: str, model: nn.Module, features: Any) -> Any:
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    if method == "aggregated":
+        return mtlopt.Aggregated(base, TASKS, aggregation.Mean(), features=features)
+    return {"pcgrad": mtlopt.PCGrad, "gradnorm": mtlopt.GradNorm}[method](
+        base, TASKS, features=features
+    )
+
+
+def flux(loss: Tensor, x: Tensor, unused: str) -> Tensor:
+    options: dict[str, Any] = {"zeros": {"materialize_grads": True}, "none": {}}[unused]
+    return torch.autograd.grad(loss, x, create_graph=True, **options)[0].square().mean()
+
+
+@pytest.mark.parametrize(
+    ("by", "sees", "unused"),
+    [
+        (by, sees, unused)
+        for by in ("coordinates", "what is computed from them", "an embedding")
+        for sees in ("features", "features and coordinates")
+        for unused in ("zeros", "none")
+        # Nothing tells a derivative by parameters alone, and by no other path, from a true zero.
+        if (by, sees, unused) != ("an embedding", "features", "zeros")
+    ],
+)
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "aggregated"])
+def test_losses_that_differentiate_by_what_lies_before_the_features_are_refused(
+    method: str, by: str, sees: str, unused: str
+) -> None:
+    """Without the path through the features their very values would be wrong."""
+    model = Network()
+    stem = nn.Linear(4, 4, dtype=torch.float64)
+    optimizer = make_at_features(method, nn.ModuleList([stem, model]), model.trunk)
+    start = snapshot(model)
+    x, _ = batches(1)[0]
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        seen = x.clone()
+        if by != "an embedding":
+            seen.requires_grad_()
+        if by != "coordinates":
+            seen = stem(seen)
+        outputs = model(seen, tasks)
+        past = seen.square().sum() if "and" in sees else torch.zeros(())
+        return {t: 1 + flux(outputs[t].sum() * (1 + past), seen, unused) for t in tasks}
+
+    with pytest.raises((RuntimeError, ValueError), match="must not differentiate with respect to"):
+        optimizer.step(losses)
+    assert_equal(snapshot(model), start)
+
+
+def test_losses_may_differentiate_by_the_features() -> None:
+    """A penalty on the slope of a head, exactly as without a cut."""
+    model, expected = twins()
+
+    def make(network: Network) -> Callable[..., dict[str, Tensor]]:
+        def losses(tasks: Any, x: Tensor, y: Any) -> dict[str, Tensor]:
+            z = network.trunk(x)
+            found = {t: (network.heads[t](z).tanh() - y[t]).square().mean() for t in tasks}
+            return {t: loss + flux(loss, z, "none") for t, loss in found.items()}
+
+        return losses
+
+    rule = aggregation.Constant(torch.ones(3, dtype=torch.float64))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = mtlopt.Aggregated(base, TASKS, rule, features=model.trunk)
+    plain = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for x, y in batches(3):
+        optimizer.step(make(model), x, y)
+        plain.zero_grad()
+        torch.stack(list(make(expected)(TASKS, x, y).values())).sum().backward()
+        plain.step()
+    assert_close(model, expected)
+
+
+def test_a_cut_in_one_thread_leaves_the_calls_of_others_whole() -> None:
+    """As a thread would that evaluates, or another optimizer's."""
+    model = Network()
+    x, y = batches(1)[0]
+    optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk)
+    seen: list[tuple[Tensor, ...]] = []
+
+    def evaluate() -> None:
+        seen.append(torch.autograd.grad(model.trunk(x).sum(), [*model.trunk.parameters()]))
+
+    expected = torch.autograd.grad(model.trunk(x).sum(), [*model.trunk.parameters()])
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        outputs = model(x, tasks)
+        other = threading.Thread(target=evaluate)
+        other.start()
+        other.join()
+        return {t: (outputs[t] - y[t]).square().mean() for t in tasks}
+
+    optimizer.step(losses)
+    (found,) = seen
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    "register", ["register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+@pytest.mark.parametrize("owner", ["module", "all modules"])
+def test_backward_hooks_on_the_features_are_refused(owner: str, register: str) -> None:
+    """They would get the last task's gradient; inside the trunk they get the combined one."""
+    model = Network()
+    x, y = batches(1)[0]
+    optimizer = mtlopt.PCGrad(adam(model), TASKS, features=model.trunk)
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, *gradients: Any) -> None:
+        seen.append(gradients[-1][0])
+
+    inside: Any = getattr(model.trunk[3], register)(hook)
+    optimizer.step(make_losses(model), x, y)
+    assert len(seen) == 1
+    inside.remove()
+    if owner == "module":
+        handle = getattr(model.trunk, register)(hook)
+    else:
+        name = register.replace("register", "register_module")
+        handle = getattr(nn.modules.module, name)(hook)
+    start = snapshot(model)
+    try:
+        with pytest.raises(ValueError, match="`features` must have no backward hooks"):
+            optimizer.step(make_losses(model), x, y)
+    finally:
+        handle.remove()
+    assert_equal(snapshot(model), start)

@@ -510,3 +510,41 @@ def test_norms_too_large_for_half_precision_update_the_weights(of: str) -> None:
     torch.testing.assert_close(found["norms"], torch.tensor([1e5, 9e4]), rtol=1e-4, atol=0)
     assert not found["skipped"]
     assert found["weights"][0] < 1 < found["weights"][1]
+
+
+@pytest.mark.filterwarnings("ignore:.*did not make")
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_replaced_gradient_updates_the_weights(copied: bool) -> None:
+    """Gradient centralisation, by hand: norms of 3 and 1, so a's weight falls by Adam's 0.025."""
+    w = nn.Parameter(torch.ones(1))
+    optimizer = mtlopt.GradNorm(SGD([w], lr=0.1), ["a", "b"], [w])
+    for rate in (0.025, 0.05):
+        if copied:
+            optimizer, w = copy.deepcopy((optimizer, w))
+        optimizer.zero_grad()
+        optimizer.backward({"a": 3 * w.sum(), "b": w.sum()})
+        assert w.grad is not None
+        w.grad = w.grad - 0.5
+        optimizer.step()
+        weights = optimizer.diagnostics()["weights"]
+        torch.testing.assert_close(weights, torch.tensor([1 - rate, 1 + rate]), rtol=0, atol=2e-3)
+    nn.ParameterList([w]).zero_grad()
+    optimizer.backward({"a": 3 * w.sum(), "b": w.sum()})
+    nn.ParameterList([w]).zero_grad()
+    w.sum().backward()
+    optimizer.step()
+    assert torch.equal(optimizer.diagnostics()["weights"], weights)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_weights_are_learned_in_single_precision(default: torch.dtype) -> None:
+    """Near 1 a step of 0.0025 is lost in bfloat16."""
+    torch.set_default_dtype(default)
+    w = torch.ones(1, requires_grad=True)
+    optimizer = mtlopt.GradNorm(SGD([w], lr=0.1), ["a", "b"], [w], weight_lr=0.0025)
+    optimizer.step({"a": 3 * w.sum(), "b": w.sum()})
+    weights = optimizer.diagnostics()["weights"]
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, torch.tensor([0.9975, 1.0025], dtype=torch.float32))
+    state = optimizer.state_dict()["mtlopt"]
+    assert state["weights"].dtype == state["initial_losses"].dtype == torch.float32

@@ -75,8 +75,9 @@ def test_a_task_has_no_state_for_parameters_its_loss_does_not_depend_on() -> Non
 
 
 def test_zero_gradients_are_refused() -> None:
-    """Momentum and decay would move other tasks' heads."""
-    with pytest.raises(ValueError, match="`set_to_none` must be True, got False"):
+    """Momentum and decay would move other tasks' heads; MONAI asks for them by default."""
+    message = r"`set_to_none` must be True, got False.*`optim_set_to_none=True` in MONAI"
+    with pytest.raises(ValueError, match=message):
         make(Network()).zero_grad(set_to_none=False)
 
 

@@ -94,7 +94,10 @@ def test_lightnings_hooks_see_each_tasks_gradient_before_it_is_clipped() -> None
 def test_lightning_logs_every_tasks_loss_and_schedules_by_its_own_switch() -> None:
     trained = fit("independent", log_every_n_steps=1)
     metrics = trained.returned.callback_metrics
-    assert set(metrics) == {f"loss_{task}" for task in TASKS}
+    assert set(metrics) == {"loss", *(f"loss_{task}" for task in TASKS)}
+    total = sum(metrics[f"loss_{task}"].item() for task in TASKS)
+    assert metrics["loss"].item() == pytest.approx(total, rel=1e-6)
+    assert set(trained.returned.progress_bar_metrics) == {"loss"}
     (group,) = trained.returned.optimizers[0].param_groups
     assert group["lr"] == pytest.approx(0.01 * 0.997**16)
 
@@ -192,3 +195,101 @@ def test_what_an_interrupted_run_has_kept_is_dropped_by_the_next() -> None:
     for batch, number in (("left", 0), ("over", 1), ("new", 0)):
         module.training_step(batch, number)
     assert module._micro_batches == [("new",)]
+
+
+# What Lightning has as the loss of a step.
+
+
+def make_plain_module() -> Any:
+    """Returns a module without this package, on the plain sum of the losses."""
+    import lightning
+
+    class Plain(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = goods.Network()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.network.parameters(), lr=0.01)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            first, second, third = goods.evaluate(self.network, TASKS, batch).values()
+            return first + second + third
+
+    return Plain()
+
+
+def make_own_module(method: str) -> Any:
+    """Returns the program's module without its scheduler, which the plain one lacks too."""
+    program: Any = load("lightning")
+
+    class Module(program.Module):  # type: ignore[misc]  # loaded from a file
+        def configure_optimizers(self) -> Any:
+            return super().configure_optimizers()[0]
+
+    return Module(method)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_callback_gets_the_sum_of_the_losses(accumulate: int) -> None:
+    """Of all batches of a step at its last one, as Lightning's shares of a loss add up."""
+    from lightning.pytorch.callbacks import Callback
+
+    class Notes(Callback):
+        def __init__(self) -> None:
+            self.sums: list[float] = []
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            self.sums.append(arguments[2]["loss"].item())
+
+    notes = {"own": Notes(), "plain": Notes()}
+    modules = {"own": lambda: make_own_module("joint"), "plain": make_plain_module}
+    for name, module in modules.items():
+        switches: Any = {"module": module, "accumulate_grad_batches": accumulate}
+        fit("joint", callbacks=[notes[name]], max_epochs=1, **switches)
+    own, plain = (torch.tensor(notes[name].sums).view(-1, accumulate).sum(1) for name in notes)
+    assert (plain > 0.1).all()
+    torch.testing.assert_close(own, plain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", ["joint", "independent", "pcgrad"])
+def test_the_learning_rate_finder_suggests_what_it_does_for_a_plain_module(
+    method: str, tmp_path: Path
+) -> None:
+    import lightning
+    from lightning.pytorch.tuner import Tuner
+
+    def suggest(make: Any) -> float:
+        torch.manual_seed(0)
+        # One batch for ever, or its noise would decide.
+        batch = torch.utils.data.default_collate(goods.make_data(64))
+        quiet: Any = dict.fromkeys(("logger", "enable_model_summary"), False)
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **quiet
+        )
+        batches: Any = [batch] * 100
+        loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)
+        found: Any = Tuner(trainer).lr_find(make(), loader, update_attr=False)
+        return float(found.suggestion())
+
+    own, plain = suggest(lambda: make_own_module(method)), suggest(make_plain_module)
+    # Three updates a batch, each as long as Adam's one: a third of the rate.
+    steps = 3 if method == "independent" else 1
+    factor = 1.0001 if method == "joint" else 1.5
+    assert plain / factor < own * steps < plain * factor
+
+
+def test_early_stopping_finds_a_loss_that_is_not_finite() -> None:
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    program: Any = load("lightning")
+
+    class Module(program.Module):  # type: ignore[misc]  # loaded from a file
+        def losses(self, tasks: Any, batch: Any) -> Any:
+            values = super().losses(tasks, batch)
+            factor = float("nan") if self.global_step >= 10 else 1.0
+            return {task: factor * value for task, value in values.items()}
+
+    stop = EarlyStopping("loss", patience=100, check_on_train_epoch_end=True)
+    trained = fit("pcgrad", module=lambda: Module("pcgrad"), max_epochs=9, callbacks=[stop])
+    assert trained.returned.global_step == 16  # at the end of the second epoch

@@ -78,6 +78,61 @@ def test_trainer_evaluates_the_sum_of_the_losses(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_trainer_evaluates_outputs_labels_and_every_tasks_loss(named: bool, tmp_path: Path) -> None:
+    """Also where `label_names` does not list the targets, which are called as the tasks are."""
+    given: list[Any] = []
+
+    def measure(prediction: Any) -> dict[str, float]:
+        given.append(prediction)
+        return {"days": float(prediction.predictions[1].mean())}
+
+    def prepare(trainer: Any) -> None:
+        trainer.compute_metrics = measure
+
+    switches: dict[str, Any] = {"label_names": list(TASKS)} if named else {}
+    trainer, trained = train_trainer(
+        "independent", tmp_path, prepare, per_device_eval_batch_size=64, **switches
+    )
+    metrics = trainer.evaluate()
+    data = torch.utils.data.default_collate(trainer.eval_dataset)
+    outputs = trained.network(data["inputs"], TASKS)
+    losses = goods.evaluate(trained.network, TASKS, data)
+    for task, output, label in zip(TASKS, given[0].predictions, given[0].label_ids, strict=True):
+        torch.testing.assert_close(torch.from_numpy(output), outputs[task].detach())
+        assert torch.equal(torch.from_numpy(label), data[task])
+        assert metrics[f"eval_loss_{task}"] == pytest.approx(losses[task].item(), rel=1e-5)
+    assert metrics["eval_days"] == pytest.approx(outputs["days"].mean().item(), rel=1e-5)
+    total = torch.stack(list(losses.values())).sum()
+    assert metrics["eval_loss"] == pytest.approx(total.item(), rel=1e-5)
+    predicted = trainer.predict(trainer.eval_dataset)
+    assert [len(output) for output in predicted.predictions] == [512] * 3
+    assert predicted.metrics["test_loss_sold"] == pytest.approx(metrics["eval_loss_sold"])
+
+
+def test_trainer_averages_the_evaluated_losses_by_their_counts(tmp_path: Path) -> None:
+    """Half of the batches lack labels of one task, and none has any of another."""
+
+    def losses(model: Any, tasks: Any, inputs: Any) -> Any:
+        found: dict[str, Any] = goods.evaluate(model, tasks, inputs)
+        few = inputs["price"] > inputs["price"].median()
+        count = int(few.sum()) if inputs["inputs"][0, 0] > 0 else 0
+        labelled = (model(inputs["inputs"], ["price"])["price"] - inputs["price"])[few]
+        counts.append((labelled.detach().square().mean().item(), count))
+        return found | {"price": (labelled.square().mean(), count), "sold": None}
+
+    counts: list[tuple[float, int]] = []
+    trainer, _ = train_trainer("pcgrad", tmp_path, per_device_eval_batch_size=64)
+    trainer.losses = losses
+    metrics = trainer.evaluate()
+    assert {count for _, count in counts} == {0, 32}
+    expected = sum(value * count for value, count in counts) / sum(count for _, count in counts)
+    assert metrics["eval_loss_price"] == pytest.approx(expected, rel=1e-5)
+    assert "eval_loss_sold" not in metrics
+    total = metrics["eval_loss_price"] + metrics["eval_loss_days"]
+    assert metrics["eval_loss"] == pytest.approx(total)
+
+
 def test_trainer_takes_an_optimizer_that_was_made_before(tmp_path: Path) -> None:
     from transformers import TrainingArguments
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import SGD, Adam
+from torch.utils.checkpoint import checkpoint
 
 import mtlopt
 import reference
@@ -17,8 +18,10 @@ from all_methods import INDEPENDENT, make, make_for
 from problems import (
     TASKS,
     Network,
+    assert_close,
     assert_equal,
     batches,
+    halves,
     leaf,
     make_losses,
     no_warnings,
@@ -341,3 +344,65 @@ def test_a_task_that_was_not_asked_for_is_ignored(method: str) -> None:
         by_hand(make_losses(expected), TASKS, x, y)
     for name, weight in snapshot(model).items():
         torch.testing.assert_close(weight, snapshot(expected)[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own
+def test_a_reentrant_checkpoint_that_hides_the_parameters_is_named() -> None:
+    """Its output's graph ends where the checkpoint's inputs need no gradient."""
+    model = Network()
+    x, y = batches(1)[0]
+    optimizer = mtlopt.PCGrad(SGD(model.trunk.parameters(), lr=0.1), TASKS)
+
+    def losses(tasks: Any) -> dict[str, Tensor]:
+        z = checkpoint(model.trunk, x, use_reentrant=True)
+        return {t: (model.heads[t](z) - y[t]).square().mean() for t in tasks}
+
+    with pytest.warns(UserWarning, match="must have `use_reentrant=False`"):
+        optimizer.step(losses)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("how", ["per task", "scalarized", "features"])
+def test_losses_may_clear_the_gradients(how: str, to_none: bool) -> None:
+    """An earlier call has put a part of the step's gradient there."""
+    from torchjd import aggregation, scalarization
+
+    model, expected = twins()
+    optimizer: Any
+    if how == "features":
+        rule = aggregation.Constant(torch.ones(3, dtype=torch.float64))
+        optimizer = mtlopt.Aggregated(sgd(model), TASKS, rule, features=model.trunk)
+    elif how == "per task":
+        optimizer = mtlopt.JointOptimizer(sgd(model), TASKS, forwards="per-task")
+    else:
+        mean = scalarization.Sum()
+        optimizer = mtlopt.Scalarized(sgd(model), TASKS, mean, forwards="per-task")
+    plain = sgd(expected)
+
+    def losses(tasks: Any, x: Tensor, y: Any) -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=to_none)
+        return make_losses(model)(tasks, x, y)
+
+    for x, y in batches(3):
+        if how == "features":
+            optimizer.step(losses, micro_batches=halves(x, y, 3))
+        else:
+            optimizer.step(losses, x, y)
+        reference.joint(plain, make_losses(expected), TASKS, x, y)
+    assert_close(model, expected)
+
+
+@pytest.mark.parametrize("method", ["joint", "alternating", "independent", "simultaneous"])
+@pytest.mark.parametrize("part", ["itself", "an element", "reshaped"])
+def test_a_returned_loss_stays_as_it_was_where_it_is_a_parameter(method: str, part: str) -> None:
+    """Its memory would be the parameter's, which the step moves."""
+    w, v = leaf(3.0), torch.tensor([5.0, 7.0], requires_grad=True)
+    takes: dict[str, Callable[[], Tensor]] = {
+        "itself": lambda: w,
+        "an element": lambda: v[0],
+        "reshaped": lambda: w.view(1),
+    }
+    optimizer = make(method, [w, v], ["a"], lr=1.0)
+    values = optimizer.step(lambda tasks: {"a": takes[part]()})
+    assert values["a"].item() == {"itself": 3.0, "an element": 5.0, "reshaped": 3.0}[part]
+    assert (w.item(), v[0].item()) == ((3.0, 4.0) if part == "an element" else (2.0, 5.0))

@@ -435,3 +435,130 @@ def test_pinning_an_unknown_option_or_task_is_an_error() -> None:
         optimizer.pin("a", "params")
     with pytest.raises(KeyError, match="'z'"):
         optimizer.pin("z", "lr")
+
+
+class InGroups(torch.optim.Optimizer):
+    """SGD whose options stand in its groups alone, as Muon's do; it writes `initial_lr` itself."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, {})
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+            group["steps"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * group["initial_lr"] * p.grad)
+
+
+@pytest.mark.parametrize("form", ["class", "instance"])
+@pytest.mark.parametrize("file", [False, True])
+def test_options_in_groups_and_not_in_defaults_follow_the_panel(form: str, file: bool) -> None:
+    """By hand: 1 - 0.5 * 0.5 for each of two tasks, then half that rate, which b overrides."""
+
+    def make(w: Tensor) -> Any:
+        groups = [{"params": [w], "lr": 0.5}]
+        if form == "class":
+            return IndependentOptimizer(InGroups, groups, ["a", "b"])
+        return IndependentOptimizer(InGroups(groups), ["a", "b"])
+
+    def losses(tasks: Any) -> Any:
+        return {task: w.sum() for task in tasks}
+
+    w = leaf(1.0)
+    optimizer = make(w)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step(losses)
+    assert w.item() == 0.5
+    scheduler.step()
+    if file:
+        state = by_file(optimizer.state_dict())
+        optimizer = make(w)
+        optimizer.load_state_dict(state)
+    optimizer.step(losses)
+    assert w.item() == 0.25
+    optimizer["b"].param_groups[0]["lr"] = 1.0
+    optimizer.step(losses)
+    assert w.item() == 0.25 - 0.125 - 0.5
+    optimizer.reset_overrides("b")
+    assert rates(optimizer) == [0.25, 0.25]
+    assert rates(optimizer, "steps") == [3, 3]
+
+
+class Adapting(SGD):
+    """Doubles its own learning rate in each step, as classes without one to tune change theirs."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            group["lr"] *= 2
+
+
+@pytest.mark.parametrize("copy", ["none", "file", *COPIERS])
+def test_a_rate_that_the_class_adapts_is_not_overwritten(copy: str) -> None:
+    """By hand: rates of 1/8, 1/4 and 1/2, each for two tasks, whatever a scheduler says."""
+    w = leaf(4.0)
+    optimizer: Any = IndependentOptimizer(Adapting, [w], ["a", "b"], lr=0.125)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.1)
+    for _ in range(2):
+        optimizer.step(lambda tasks: {task: w.sum() for task in tasks})
+        scheduler.step()
+    assert w.item() == 4 - 2 * 0.125 - 2 * 0.25
+    if copy == "file":
+        state = by_file(optimizer.state_dict())
+        optimizer = IndependentOptimizer(Adapting, [w], ["a", "b"], lr=0.125)
+        optimizer.load_state_dict(state)
+    elif copy != "none":
+        optimizer = COPIERS[copy](optimizer)
+        w = optimizer.param_groups[0]["params"][0]
+    optimizer.param_groups[0]["lr"] = 7.0
+    optimizer.step(lambda tasks: {task: w.sum() for task in tasks})
+    assert w.item() == 4 - 2 * 0.125 - 2 * 0.25 - 2 * 0.5
+    optimizer.pin("a")
+    optimizer.reset_overrides("a")
+    assert rates(optimizer) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("task", ["a", "b"])
+def test_a_tasks_scheduler_stays_with_it_when_the_state_is_loaded(task: str) -> None:
+    """The panel's own scheduler, attached later, starts from the panel's rate."""
+    model = Network()
+    optimizer = make(model)
+    lr_scheduler.OneCycleLR(optimizer[task], max_lr=5.0, total_steps=9)
+    step(optimizer, model)
+    loaded = make(model)
+    loaded.load_state_dict(by_file(optimizer.state_dict()))
+    assert loaded.param_groups[0].keys() == make(model).param_groups[0].keys()
+    scheduler = lr_scheduler.ExponentialLR(loaded, 0.5)
+    step(loaded, model)
+    scheduler.step()
+    step(loaded, model)
+    assert rates(loaded) == pytest.approx([0.2 if name == task else 0.05 for name in TASKS])
+
+
+def test_groups_can_be_assigned_and_reach_every_task() -> None:
+    """As Lightning's BackboneFinetuning assigns them on resume: with those it had added."""
+    model, expected = Network(), Network()
+    expected.load_state_dict(model.state_dict())
+
+    def groups(model: Network, lr: float) -> list[dict[str, Any]]:
+        heads = {"params": list(model.heads.parameters()), "lr": lr}
+        return [heads, {"params": model.trunk.parameters(), "lr": 0.01}]
+
+    optimizer = IndependentOptimizer(Adam, model.heads.parameters(), TASKS, lr=0.1)
+    plain = {t: Adam(expected.heads.parameters(), lr=0.1) for t in TASKS}
+    for i, (x, y) in enumerate(batches(4)):
+        if i == 2:
+            optimizer.param_groups = groups(model, 0.02)
+            for own in plain.values():
+                own.param_groups[0]["lr"] = 0.02
+                own.add_param_group(groups(expected, 0.02)[1])
+        optimizer.step(make_losses(model), x, y)
+        reference.independent(plain, make_losses(expected), TASKS, x, y)
+    assert_equal(snapshot(model), snapshot(expected))
+    with pytest.raises(ValueError, match="begin with groups of"):
+        optimizer.param_groups = groups(model, 0.02)[1:]

@@ -60,6 +60,22 @@ def test_every_order_gives_the_papers_result(count: int) -> None:
         )
 
 
+def test_forty_gradients_give_the_papers_result() -> None:
+    """All tasks take a projection at the same time; the last gradient is zero."""
+    gradients = [*draw(39, 60, seed=5), torch.zeros(60, dtype=torch.float64)]
+    orders = [[j for j in order if j != i] for i, order in enumerate(drawn_orders(40))]
+    # Plain division by a squared norm of zero would be NaN.
+    expected = torch.zeros(60, dtype=torch.float64)
+    for i, order in enumerate(orders):
+        projected = gradients[i].clone()
+        for j in order:
+            inner = projected @ gradients[j]
+            if inner < 0 and j < 39:
+                projected -= inner / (gradients[j] @ gradients[j]) * gradients[j]
+        expected += projected
+    torch.testing.assert_close(project(gradients, orders), expected, rtol=1e-11, atol=1e-11)
+
+
 @settings(max_examples=50)
 @given(st.integers(2, 8), st.integers(1, 6), st.integers(0, 2**16))
 def test_any_number_of_gradients_gives_the_papers_result(count: int, size: int, seed: int) -> None:
@@ -281,6 +297,25 @@ def test_gradients_in_any_memory_order_are_multiplied_element_by_element() -> No
         assert combined is not None
         dense = combined.to_dense() if combined.is_sparse else combined
         torch.testing.assert_close(dense, 2 * a - b, rtol=1e-12, atol=1e-12)
+
+
+def test_sparse_gradients_are_multiplied_and_combined_by_their_rows() -> None:
+    """In numbers by hand; a whole table of this size would not fit any memory."""
+
+    def table(rows: list[int], values: list[list[float]]) -> Tensor:
+        entries = torch.tensor(values, dtype=torch.float64)
+        return torch.sparse_coo_tensor([rows], entries, (10**15, 2), check_invariants=True)  # type: ignore[arg-type]  # a list will do
+
+    far = 10**14
+    first, second = table([5, far], [[1, 2], [3, 4]]), table([far], [[-1, 2]])
+    twice = table([7, 7], [[1, 0], [1, 3]])  # Entries of one row are added up.
+    lists: list[Any] = [[first], [second], [twice]]
+    assert gram(lists).tolist() == [[30, 5, 0], [5, 5, 0], [0, 0, 13]]
+    (combined,) = combine(lists, [2.0, -1.0, 1.0])
+    assert combined is not None
+    combined = combined.coalesce()
+    assert combined.indices().tolist() == [[5, 7, far]]
+    assert combined.values().tolist() == [[2, 4], [2, 3], [7, 6]]
 
 
 def test_an_overflow_skips_the_step() -> None:

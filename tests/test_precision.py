@@ -1,5 +1,7 @@
 """Mixed precision: autocast, gradient scalers, and the precision of inner products."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -12,8 +14,8 @@ from torch.optim import SGD, Adam, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtlopt
-from all_methods import INDEPENDENT, make_for
-from problems import TASKS, Network, assert_equal, batches, make_losses, snapshot, twins
+from all_methods import INDEPENDENT, every_method, make, make_for
+from problems import TASKS, Network, assert_equal, batches, leaf, make_losses, snapshot, twins
 from round_trips import flat
 
 
@@ -250,9 +252,27 @@ def test_inner_products_do_not_follow_the_global_precision(what: str, size: int)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert operations.products
-    single = {how for result, how in operations.products if result.dtype is torch.float32}
-    assert single <= {"highest"}
+    # Other threads multiply under the same setting, so it is not changed meanwhile either.
+    assert {how for _, _, how in operations.seen} == {"medium"}
+    assert {result.dtype for result, _ in operations.products} == {torch.float64}
+
+
+def test_inner_products_do_not_follow_the_precision_of_one_backend() -> None:
+    """A clean process: once it is set for a backend, torch refuses to tell the precision of all."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch 2.8 and older have no such setting")
+    program = """if True:
+        import torch, mtlopt
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        w = torch.zeros(2, requires_grad=True)
+        optimizer = mtlopt.PCGrad(torch.optim.SGD([w], lr=1.0), ["a", "b"])
+        optimizer.step({"a": w[0], "b": w[1] - w[0]})
+        print(w.tolist(), torch.backends.cuda.matmul.fp32_precision)
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "[-0.5, -1.5] tf32"
 
 
 def test_inner_products_do_not_need_float64_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,3 +290,14 @@ def test_inner_products_do_not_need_float64_on_the_device(monkeypatch: pytest.Mo
     assert operations.products
     results = [r for _, r, _ in operations.seen if isinstance(r, Tensor) and r.is_meta]
     assert torch.float64 not in {result.dtype for result in results}
+
+
+@every_method
+def test_half_precision_parameters_under_a_scaler_are_torchs_error(method: str) -> None:
+    """A gradient in float16 cannot be unscaled; nothing hides the message that says so."""
+    w = leaf(1.0, dtype=torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = make(method, [w], ["a", "b"], shared=w, keywords={"scaler": scaler})
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        optimizer.step(lambda tasks: {task: w.float().square().sum() for task in tasks})
+    assert w.item() == 1

@@ -70,6 +70,7 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")  # Lightning on a newer torch
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     page: Path,

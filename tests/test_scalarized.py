@@ -347,6 +347,86 @@ def test_the_state_of_another_scalarizer_is_refused_and_changes_nothing() -> Non
     assert not optimizer.scalarizer.log_var.detach().any()  # type: ignore[operator]  # a tensor
 
 
+@pytest.mark.parametrize("form", ["function", "per-task", "imperative", "micro-batches"])
+@pytest.mark.parametrize("name", ["UW", "IMTLL"])
+def test_rules_with_a_parameter_for_each_task_may_miss_one(name: str, form: str) -> None:
+    """By hand with a parameter for each task, which momentum and decay do not move meanwhile."""
+    model, expected = twins()
+    rule = make_rule(name)
+    base = SGD([*model.parameters(), *rule.parameters()], lr=0.05, momentum=0.9, weight_decay=0.1)
+    forwards: Any = "per-task" if form == "per-task" else "joint"
+    optimizer = mtlopt.Scalarized(base, TASKS, rule, forwards=forwards)
+    own = {t: torch.zeros((), dtype=torch.float64, requires_grad=True) for t in TASKS}
+    parameters = [*expected.parameters(), *own.values()]
+    plain = SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)
+    for i, (x, y) in enumerate(batches(6)):
+        lacking = {1: ("b",), 3: ("a", "c"), 4: ("b",)}.get(i, ())
+        present = [task for task in TASKS if task not in lacking]
+        plain.zero_grad()
+        terms = [
+            v / (2 * own[t].exp()) + own[t] / 2 if name == "UW" else own[t].exp() * v - own[t]
+            for t, v in make_losses(expected)(present, x, y).items()
+        ]
+        torch.stack(terms).sum().backward()
+        plain.step()
+        if form == "imperative":
+            optimizer.zero_grad()
+            optimizer.backward(counted(model, *lacking)(TASKS, x, y))
+            optimizer.step()
+        elif form == "micro-batches":
+            parts = [rows(x, y, 0, 2), rows(x, y, 2, 6)]
+            optimizer.step(counted(model, *lacking), micro_batches=parts)
+        else:
+            optimizer.step(counted(model, *lacking), x, y)
+        torch.testing.assert_close(snapshot(model), snapshot(expected), rtol=1e-10, atol=1e-12)
+        (learned,) = rule.parameters()
+        by_hand = torch.stack([*own.values()]).detach()
+        torch.testing.assert_close(learned.detach(), by_hand, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["UW", "IMTLL"])
+def test_an_absent_tasks_parameter_and_moments_stay_to_the_bit(name: str) -> None:
+    """Under a class whose moments decay; nor after a backward pass that was not followed by one."""
+    model = Network()
+    optimizer = make(model, make_rule(name), Adam)
+    data = batches(3)
+    optimizer.step(make_losses(model), *data[0])
+    (learned,) = optimizer.scalarizer.parameters()
+    state = optimizer.state[learned]
+    before = [t.detach().clone() for t in (learned, state["exp_avg"], state["exp_avg_sq"])]
+    optimizer.backward(counted(model, "b")(TASKS, *data[1]))
+    optimizer.backward(counted(model, "a", "b")(TASKS, *data[1]))
+    optimizer.step()
+    after = [t.detach().clone() for t in (learned, state["exp_avg"], state["exp_avg_sq"])]
+    for old, new in zip(before, after, strict=True):
+        assert (old == new).tolist() == [False, True, False]
+    optimizer.zero_grad()
+    optimizer.backward(counted(model, "c")(TASKS, *data[2]))
+    optimizer.zero_grad()
+    optimizer.step(make_losses(model), *data[2])
+    assert not (learned == after[0]).any()
+
+
+@pytest.mark.parametrize("name", ["DWA", "FAMO", "Constant", "STCH"])
+@pytest.mark.parametrize("name", ["UW", "DWA", "FAMO"])
+def test_a_load_that_fails_late_changes_nothing(name: str) -> None:
+    """The rule's parameters and state are loaded in place, before the generator fails."""
+    model = Network()
+    optimizer = make(model, make_rule(name))
+    train(optimizer, model, batches(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    other = Network()
+    trained = make(other, make_rule(name))
+    train(trained, other, batches(5))
+    state = copy.deepcopy(trained.state_dict())
+    state["mtlopt"]["generator"] = torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert repr(after["mtlopt"]) == repr(before["mtlopt"]) != repr(trained.state_dict()["mtlopt"])
+    assert repr(after["state"]) == repr(before["state"])
+
+
 @pytest.mark.parametrize("name", [*STATEFUL, "Constant", "STCH"])
 def test_what_knows_the_tasks_by_their_places_refuses_to_miss_one(name: str) -> None:
     model = Network()
@@ -543,3 +623,71 @@ def test_ranks_take_the_step_of_the_joined_batch(tmp_path: Path) -> None:
         optimizer = make(model, make_rule(name))
         expected = train(optimizer, model, batches(5))
         torch.testing.assert_close(first[name], expected, rtol=1e-10, atol=1e-12)
+
+
+class Residual(torch.nn.Module):
+    """Losses that draw random numbers, one of which differentiates by its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(1, 1).double()
+
+    def losses(self, tasks: Sequence[str]) -> dict[str, Tensor]:
+        x = torch.rand(4, 1, dtype=torch.float64).requires_grad_()
+        u = self.line(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        both = {"slope": (slope - 3).square().mean(), "value": u.square().mean() + 0.1}
+        return {task: both[task] for task in tasks}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_looking_for_the_need_of_a_graph_draws_no_random_numbers(resumed: bool) -> None:
+    """By hand: losses, step, losses again at the new weights, each with its own draws."""
+    model, rule = Residual(), FAMO(2).double()
+    expected, plain = copy.deepcopy(model), FAMO(2).double()
+    optimizer = mtlopt.Scalarized(SGD(model.parameters(), lr=0.1), ["slope", "value"], rule)
+    base = SGD(expected.parameters(), lr=0.1)
+
+    def by_hand() -> None:
+        for _ in range(2):
+            base.zero_grad()
+            plain(torch.stack([*expected.losses(("slope", "value")).values()])).backward()
+            base.step()
+            plain.update(torch.stack([*expected.losses(("slope", "value")).values()]))
+
+    for run in range(2):
+        torch.manual_seed(run)
+        by_hand()
+        torch.manual_seed(run)
+        if resumed and run:
+            state = optimizer.state_dict()
+            optimizer = mtlopt.Scalarized(
+                SGD(model.parameters(), lr=0.1), ["slope", "value"], FAMO(2).double()
+            )
+            optimizer.load_state_dict(copy.deepcopy(state))
+        calls = 0
+
+        def losses(tasks: Sequence[str]) -> dict[str, Tensor]:
+            nonlocal calls
+            calls += 1
+            return model.losses(tasks)
+
+        for _ in range(2):
+            optimizer.step(losses)
+        assert calls == (4 if run else 5)
+    torch.testing.assert_close(snapshot(model), snapshot(expected), rtol=1e-12, atol=1e-14)
+
+
+def test_a_scheduler_made_too_early_is_refused_where_the_rule_adds_a_group() -> None:
+    """It has no learning rate for the group, and its next step would fail."""
+    model = Network()
+    base = SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.ExponentialLR(base, 0.5)
+    with pytest.raises(ValueError, match=r"must have no scheduler yet, since UW adds a group"):
+        mtlopt.Scalarized(base, TASKS, make_rule("UW"))
+    assert len(base.param_groups) == 1
+    mtlopt.Scalarized(base, TASKS, make_rule("DWA"))
+    rule = make_rule("UW")
+    base = SGD([*model.parameters(), *rule.parameters()], lr=0.1)
+    torch.optim.lr_scheduler.ExponentialLR(base, 0.5)
+    mtlopt.Scalarized(base, TASKS, rule)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import schedulefree
 import torch
-from pytorch_optimizer import SAM, SOAP, Adan, Lion, Prodigy
+from pytorch_optimizer import SAM, SOAP, Adan, Lion, Lookahead, Prodigy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler
@@ -286,3 +286,49 @@ def test_8_bit_states_are_their_plain_loop_with_a_scheduler_and_a_file(method: s
     """Its rate is a tensor that the scheduler writes to; its states are a subclass of tensors."""
     skip_without_compiler()
     compare(method, adamw_8bit, network=Squares)
+
+
+def lookahead(params: Any, lr: float) -> Optimizer:
+    return Lookahead(torch.optim.Adam(params, lr=lr), k=3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_dict_of_another_form_is_saved_and_loaded(method: str) -> None:
+    """Lookahead's has neither `state` nor `param_groups`."""
+    compare(method, lookahead, scheduled=False)
+
+
+def test_an_instance_of_a_class_that_torch_cannot_copy_serves_as_a_pattern() -> None:
+    """Lookahead's pickled form lacks its defaults, so a deep copy of it fails."""
+    model, expected = twins()
+    optimizer = mtlopt.IndependentOptimizer(lookahead(model.parameters(), 0.02), TASKS)
+    plain = make("independent", lookahead, expected)
+    for x, y in batches(6):
+        optimizer.step(make_losses(model), x, y)
+        plain.step(make_losses(expected), x, y)
+    assert_equal(snapshot(model), snapshot(expected))
+
+
+def test_a_state_dict_of_another_form_and_shape_is_refused() -> None:
+    model = Network()
+    optimizer = make("joint", lookahead, model)
+    state = optimizer.state_dict()
+    other = mtlopt.JointOptimizer(lookahead(model.trunk.parameters(), 0.02), TASKS)
+    before = str(other.state_dict())
+    with pytest.raises(ValueError, match="`state_dict` must be of the same shapes"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="`state_dict` must have the entries"):
+        other.load_state_dict({"state": {}})
+    assert str(other.state_dict()) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_accelerated_optimizer_is_refused_with_the_one_to_pass(method: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    wrapped = accelerate.Accelerator(cpu=True).prepare(
+        torch.optim.SGD(Network().parameters(), lr=0.1)
+    )
+    wrap = WRAPPERS.get(method, mtlopt.IndependentOptimizer)
+    with pytest.raises(TypeError, match=r"got AcceleratedOptimizer.*pass `optimizer\.optimizer`"):
+        wrap(wrapped, TASKS)
+    wrap(wrapped.optimizer, TASKS)

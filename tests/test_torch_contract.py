@@ -321,3 +321,16 @@ def test_the_first_group_may_be_empty(method: str) -> None:
     for value in optimizer.diagnostics().values():
         assert not value.is_floating_point() or value.isfinite().all()
     optimizer.load_state_dict(by_file(optimizer.state_dict()))
+
+
+@every_method
+def test_parameter_groups_can_be_assigned(method: str) -> None:
+    """SGD by hand: 1 - 0.5 * 2 with joint losses or task after task, then with a tenth of that."""
+    w, v = leaf(1.0), leaf(1.0)
+    optimizer = make(method, [w], ["a", "b"], shared=w, lr=0.5)
+    optimizer.step(lambda tasks: {task: w.sum() + v.sum() for task in tasks})
+    assert (w.item(), v.item()) == (0.0, 1.0)
+    first, options = {**optimizer.param_groups[0]}, {**optimizer.param_groups[0]}
+    optimizer.param_groups = [first | {"lr": 0.25}, options | {"params": [v], "lr": 0.125}]
+    optimizer.step(lambda tasks: {task: w.sum() + v.sum() for task in tasks})
+    assert (w.item(), v.item()) == (-0.5, 0.75)

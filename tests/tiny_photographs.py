@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openpyxl
-from PIL import Image
+from PIL import Image, ImageOps
+
+from refuge.photographs.phantoms import Eye, draw_phantom, to_pixels
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -55,6 +56,8 @@ def write_split(folder: Path, entries: Sequence[dict[str, Any]], masks: str = "s
 
 def write_table(file: Path, header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> None:
     """Writes an Excel file as REFUGE's are."""
+    import openpyxl  # The oldest environment is tested without the program and its packages.
+
     book = openpyxl.Workbook()
     for row in (header, *rows):
         book.active.append(list(row))
@@ -109,3 +112,21 @@ def write_released(folder: Path) -> None:
         ("ID", "ImgName", "Label(Glaucoma=1)", "Fovea_X", "Fovea_Y"),
         [(1, "T0001.jpg", 1, 14, 24), (2, "T0002.jpg", 0, 15, 25)],
     )
+
+
+def write_phantoms(folder: Path, eyes: Sequence[Eye], size: int = 96, flip: bool = False) -> None:
+    """Writes phantoms as one split in the re-packed form, perhaps mirrored."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "seg").mkdir()
+    index = {}
+    for each in eyes:
+        picture, mask = draw_phantom(each, size)
+        x, y = to_pixels(each.fovea, size)
+        if flip:
+            picture, mask, x = ImageOps.mirror(picture), ImageOps.mirror(mask), size - 1 - x
+        name = f"p{each.seed:06}"
+        picture.save(folder / "images" / f"{name}.png")
+        mask.save(folder / "seg" / f"{name}.bmp")
+        place = {"Fovea_X": x, "Fovea_Y": y}
+        index[str(each.seed)] = {"ImgName": f"{name}.png", "Label": int(each.glaucoma), **place}
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -1,273 +1,215 @@
-"""Applies a trained network to photographs of any size: masks, fovea, diagnosis, referral.
+"""Applies a trained network to photographs of any number and size.
 
-Writes report.html with a card for each eye, predictions.csv, and for each photograph masks/NAME.png
-(0 cup, 128 rim, 255 background, at the original size) and overlays/NAME.png. `--submission` writes
-instead what REFUGE's own evaluation reads: segmentation/NAME.bmp, classification_results.csv and
-fovea_localization_results.csv.
+PICTURE is a file, a folder, a pattern ("clinic/**/*.jpg") or a CSV file with a column `picture`.
+Writes report.html (counts, then fifty photographs a page, the most urgent first), predictions.csv,
+and for each photograph masks/NAME.png (0 cup, 128 rim, 255 background, at the original size) and
+overlays/NAME.jpg. Photographs that cannot be read are skipped and listed, and the exit code is 1.
+`--submission` writes instead what REFUGE's own evaluation reads: segmentation/NAME.bmp,
+classification_results.csv and fovea_localization_results.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from refuge.best import open_run
+import mtlopt
+from refuge.best import BEST, open_run
 from refuge.errors import InputError, report_errors
-from refuge.files import make_folder, write_csv, write_whole
-from refuge.measurement.evaluation import SecondLook, Trained, diagnose, look_again, summarise
-from refuge.measurement.figures import outline, save
-from refuge.measurement.operating import RULES, OperatingPoint, read_point
-from refuge.measurement.page import Card, write_page
-from refuge.measurement.report import show_rates
-from refuge.metrics import largest_component
+from refuge.files import make_folder, write_csv
+from refuge.measurement.evaluation import Trained
+from refuge.measurement.operating import RULES, read_point
+from refuge.measurement.quality import read_limits
 from refuge.network import TASKS
-from refuge.photographs.data import describe, shrink
-from refuge.photographs.records import file_record
-from refuge.settings import Parser
+from refuge.photographs.data import describe
+from refuge.recalibration import recalibrate
+from refuge.screening.drawing import write_pictures
+from refuge.screening.examining import Decision, Finding, examine
+from refuge.screening.inputs import Photograph, find_photographs
+from refuge.screening.page import Summary, count, write_pages
+from refuge.screening.reading import Prepared, read_photograph
+from refuge.screening.results import (
+    describe_decision,
+    format_number,
+    make_card,
+    make_row,
+    warn_of_differences,
+)
+from refuge.screening.table import Table
+from refuge.screening.workers import Workers
+from refuge.settings import Parser, Settings
 
-MARK = "deepskyblue"
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The network's findings in one photograph; None or NaN for tasks it has not learned.
-
-    Attributes:
-        picture: The photograph.
-        mask: (height, width) of 0 cup, 128 rim, 255 background, or None.
-        fovea: x and y in the photograph's pixels, or None.
-        ratio: vCDR, measured on the masks at the network's input size.
-        probabilities: Probability of glaucoma by classifier.
-        risk: Their average, calibrated on validation; NaN if the run is not calibrated.
-        verdict: "refer", "no sign", "ungradable", or "" if the run has no threshold.
-    """
-
-    picture: Image.Image
-    mask: NDArray[np.uint8] | None
-    fovea: Array | None
-    ratio: float
-    probabilities: Mapping[str, float]
-    risk: float
-    verdict: str
-
-
-def examine(
-    trained: Trained,
-    file: Path,
-    size: int,
-    point: OperatingPoint | None = None,
-    rule: str = "specificity",
-) -> Finding:
-    """Applies a network to one photograph.
-
-    Args:
-        trained: The network.
-        file: The photograph.
-        size: Side of the network's input.
-        point: The run's operating point, if it has one.
-        rule: Which of its thresholds to use.
-
-    Raises:
-        InputError: The file is not a readable picture.
-    """
-    picture, _ = file_record(file, None, frozenset(), None, None).read()
-    answer = trained.ask(torch.from_numpy(shrink(picture, size).copy())[None].float() / 255)
-    predictions = summarise([answer])
-    mask = fovea = seen = None
-    if trained.second_pass and len(predictions.masks) == 2:
-        seen = look_again(trained, picture, predictions.masks["disc"][0])
-    if seen:
-        predictions.ratios[0] = seen.ratio
-    if "disc" in answer:
-        disc = largest_component(_enlarge(answer["disc"], picture.size) > 0.5)
-        mask = np.where(disc, 128, 255).astype(np.uint8)
-        if "cup" in answer:
-            cup = _place(seen, picture.size) if seen else _enlarge(answer["cup"], picture.size)
-            mask[disc & largest_component(cup > 0.5)] = 0
-    if predictions.points is not None:
-        fovea = (predictions.points[0] + 0.5) * np.array(picture.size) / size - 0.5
-    said = {name: float(p[0]) for name, p in diagnose(predictions, trained.classifier).items()}
-    risk, verdict = (float("nan"), "") if point is None else judge(trained, said, point, rule)
-    return Finding(picture, mask, fovea, float(predictions.ratios[0]), said, risk, verdict)
-
-
-def judge(
-    trained: Trained, said: Mapping[str, float], point: OperatingPoint, rule: str
-) -> tuple[float, str]:
-    """Calibrates the average of both classifiers and compares it with the threshold.
-
-    The threshold was chosen on photographs that both classifiers had judged. A photograph that one
-    of them cannot judge, for want of a disc, is left to a human reader.
-    """
-    risk = float(point.calibration.probabilities(np.array(said["both"])))
-    lost = trained.classifier is not None and np.isnan(said["vcdr"])
-    if np.isnan(risk) or lost:
-        return risk, "ungradable"
-    return risk, "refer" if risk >= point.thresholds[rule] else "no sign"
+FEW = 50  # photographs that are not worth the start of worker processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
-    return report_errors("predict.py", lambda: predict(_parser().parse_args(arguments)))
+    failed: list[str] = []
+    code = report_errors("predict.py", lambda: predict(_parser().parse_args(arguments), failed))
+    return code or int(bool(failed))
 
 
-def predict(options: argparse.Namespace) -> None:
-    """Examines each photograph and writes the findings."""
-    trained, settings = open_run(options.run, options.device)
-    if options.submission and (missing := [t for t in TASKS if t not in trained.tasks]):
-        raise InputError(f"{options.run}: a submission needs all tasks, but {missing} not learned.")
-    stems = [file.stem for file in options.pictures]
-    if twice := [file for file in options.pictures if stems.count(file.stem) > 1]:
-        raise InputError(f"{twice[-1]}: another picture has the same name; give them one by one.")
-    point, reason = read_point(options.run)
-    if point and options.rule not in point.thresholds:
-        point, reason = None, f"no decision threshold by the rule {options.rule}."
-    how = explain(point, reason, options.rule)
-    # One at a time: full-size masks of a whole test split would fill the memory.
-    pictures = tqdm(options.pictures, unit="picture", disable=None)
-    findings = (
-        (file, examine(trained, file, settings.size, point, options.rule)) for file in pictures
-    )
-    if options.submission:
-        write_submission(options.out, findings)
-    else:
-        write_findings(options.out, findings, describe(settings.data), how)
-        print(how)
-    print(f"{options.out}: {len(stems)} pictures")
-
-
-def explain(point: OperatingPoint | None, reason: str, rule: str) -> str:
-    """Describes in one line when a photograph is referred, and how accurate that is."""
-    if point is None:
-        return reason
-    found, split = point.test.get(rule), "test"
-    if not found or None in (found["sensitivity"], found["specificity"]):
-        found, split = point.validation[rule], "validation"
-    both = ("sensitivity", "specificity")
-    intervals: dict[str, Any] = {name: found.get(f"{name}_interval") for name in both}
-    return (
-        f"refer at a calibrated probability of at least {point.thresholds[rule]:.3f} "
-        f"({RULES[rule]}); on the {split} split {show_rates(found, '', intervals)}."
-    )
-
-
-def write_findings(
-    out: Path, findings: Iterable[tuple[Path, Finding]], source: str, how: str
-) -> None:
-    """Writes a page and a table, and masks and overlays as pictures.
+def predict(options: argparse.Namespace, failed: list[str]) -> None:
+    """Examines each photograph and writes the findings.
 
     Args:
-        out: The folder to write to.
-        findings: Each photograph's file and findings.
-        source: Name of the photographs that the network was trained on.
-        how: The rule for referral, in words.
+        options: The command line.
+        failed: Takes up a line for each photograph that cannot be read.
     """
-    rows, cards = [], []
-    for file, finding in findings:
-        if finding.mask is not None:
-            _write_mask(out / "masks" / f"{file.stem}.png", finding.mask)
-        make_folder(out / "overlays")
-        draw(out / "overlays" / f"{file.stem}.png", finding)
-        x, y = (None, None) if finding.fovea is None else finding.fovea
-        p = finding.probabilities
-        numbers = (p["both"], p["fc"], p["vcdr"], finding.ratio, x, y, finding.risk)
-        rows.append([file.name, *map(_number, numbers), finding.verdict])
-        cards.append(
-            Card(
-                name=file.name,
-                picture=f"overlays/{file.stem}.png",
-                verdict=finding.verdict,
-                numbers={
-                    "vCDR": finding.ratio,
-                    "calibrated probability": finding.risk,
-                    "network's head": p["fc"],
-                    "from vCDR": p["vcdr"],
-                    "average": p["both"],
-                },
-            )
-        )
-    make_folder(out)
-    header = ["photograph", "probability", "probability_fc", "probability_vcdr", "vcdr"]
-    header += ["fovea_x", "fovea_y", "risk", "verdict"]
-    write_csv(out / "predictions.csv", header, rows)
-    write_page(out / "report.html", cards, source, how)
+    photographs = find_photographs(options.pictures)
+    workers = options.workers
+    if workers is None:
+        workers = 0 if len(photographs) < FEW else min(4, os.cpu_count() or 1)
+    if workers < 0:
+        raise InputError(f"`--workers` must be at least 0, got {workers}.")
+    with Workers(workers) as pool, ExitStack() as opened:
+        trained, settings = open_run(options.run, options.device)
+        decision = make_decision(options, trained, settings)
+        if options.submission:
+            submit(options, photographs, pool, (trained, settings, decision), failed)
+        else:
+            screen(options, photographs, pool, (trained, settings, decision), failed, opened)
+    for line in failed:
+        print(f"predict.py: skipped: {line}", file=sys.stderr)
 
 
-def write_submission(out: Path, findings: Iterable[tuple[Path, Finding]]) -> None:
+def make_decision(options: argparse.Namespace, trained: Trained, settings: Settings) -> Decision:
+    """Reads how the run decides, or takes it from local photographs."""
+    (point, reason), limits = read_point(options.run), read_limits(options.run)
+    if options.recalibrate:
+        cache = options.out.parent / ".cache"
+        point, limits, _ = recalibrate(trained, settings, options.recalibrate, cache)
+    if point and options.rule not in point.thresholds:
+        reason, point = f"no decision threshold by the rule {options.rule}.", None
+    return Decision(point, options.rule, limits, reason)
+
+
+def screen(
+    options: argparse.Namespace,
+    photographs: Sequence[Photograph],
+    pool: Workers,
+    run: tuple[Trained, Settings, Decision],
+    failed: list[str],
+    opened: ExitStack,
+) -> None:
+    """Writes tables, masks, drawings and pages."""
+    trained, settings, decision = run
+    out, names = options.out, {photograph.name for photograph in photographs}
+    point = decision.point
+    call = {
+        "run": str(options.run.resolve()),
+        "weights": hashlib.sha256((options.run / BEST).read_bytes()).hexdigest(),
+        "rule": options.rule,
+        "threshold": point.thresholds[options.rule] if point else None,
+        "threshold_from": point.where if point else None,
+    }
+    table: Table | None = None
+    if options.resume and (out / "predictions.csv").exists():
+        table = opened.enter_context(Table(out, call, resume=True))
+    done = {row["photograph"] for row in table.rows} if table else set()
+    todo = [photograph for photograph in photographs if photograph.name not in done]
+    written: deque[tuple[Future[None], dict[str, str]]] = deque()
+    qualities = []
+    arguments = [(photograph.file, settings.size, trained.crop) for photograph in todo]
+    results = zip(todo, pool.map(read_photograph, arguments), strict=True)
+    bar = tqdm(results, total=len(photographs), initial=len(done), unit="picture", disable=None)
+    for photograph, prepared in bar:
+        if prepared.error:
+            failed.append(prepared.error)
+            continue
+        finding = examine(trained, photograph.file, prepared, decision)
+        qualities.append(finding.quality)
+        if table is None:  # Nothing is written before a photograph could be read.
+            table = opened.enter_context(Table(out, call, resume=False))
+        future = pool.start(write_pictures, *_drawing(out, photograph, prepared, finding))
+        written.append((future, make_row(photograph, finding, decision)))
+        # A row says that its pictures are there.
+        while written and (len(written) > pool.ahead or written[0][0].done()):
+            _append(table, written)
+    if table is None:
+        raise InputError(failed[0] if failed else "no photograph was given.")
+    while written:
+        _append(table, written)
+    cards = [make_card(row, decision) for row in table.rows if row["photograph"] in names]
+    warnings = warn_of_differences(qualities, decision)
+    where = f"{describe(settings.data)} ({options.run.resolve().name})"
+    facts = {
+        "network": f"trained on {where}",
+        "run": str(options.run),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": f"mtlopt {mtlopt.__version__}",
+    }
+    how = describe_decision(decision, describe(settings.data))
+    summary = Summary(facts, how, warnings, failed)
+    write_pages(out, cards, summary)
+    for line in (how, *warnings, f"{out}: {count(cards, summary)}"):
+        print(line)
+
+
+def submit(
+    options: argparse.Namespace,
+    photographs: Sequence[Photograph],
+    pool: Workers,
+    run: tuple[Trained, Settings, Decision],
+    failed: list[str],
+) -> None:
     """Writes the files that REFUGE's evaluation reads."""
-    risks, foveas = [], []
-    for file, finding in findings:
-        assert finding.mask is not None
+    trained, settings, decision = run
+    if missing := [task for task in TASKS if task not in trained.tasks]:
+        raise InputError(f"{options.run}: a submission needs all tasks, but {missing} not learned.")
+    stems = [photograph.file.stem for photograph in photographs]
+    if twice := [p.file for p in photographs if stems.count(p.file.stem) > 1]:
+        raise InputError(f"{twice[-1]}: another picture has the same name.")
+    risks, foveas, written = [], [], deque[Future[None]]()
+    arguments = [(photograph.file, settings.size, trained.crop) for photograph in photographs]
+    bar = tqdm(pool.map(read_photograph, arguments), total=len(photographs), disable=None)
+    for photograph, prepared in zip(photographs, bar, strict=True):
+        if prepared.error:
+            failed.append(prepared.error)
+            continue
+        finding, file = examine(trained, photograph.file, prepared, decision), photograph.file
         assert finding.fovea is not None
-        _write_mask(out / "segmentation" / f"{file.stem}.bmp", finding.mask)
-        risks.append([file.name, _number(finding.probabilities["both"])])
-        foveas.append([file.name, *map(_number, finding.fovea)])
-    make_folder(out)
-    write_csv(out / "classification_results.csv", ["Filename", "Glaucoma Risk"], risks)
-    columns = ["ImageName", "Fovea_X", "Fovea_Y"]
-    write_csv(out / "fovea_localization_results.csv", columns, foveas)
+        mask = options.out / "segmentation" / f"{file.stem}.bmp"
+        arguments_of_mask = (prepared, dict(finding.maps), finding.seen, None, mask, None)
+        written.append(pool.start(write_pictures, *arguments_of_mask))
+        while len(written) > pool.ahead:
+            written.popleft().result()
+        risks.append([file.name, format_number(finding.probabilities["both"])])
+        foveas.append([file.name, *map(format_number, finding.fovea)])
+    if not risks:
+        raise InputError(failed[0])
+    for future in written:
+        future.result()
+    make_folder(options.out)
+    header = ["Filename", "Glaucoma Risk"]
+    write_csv(options.out / "classification_results.csv", header, risks)
+    header = ["ImageName", "Fovea_X", "Fovea_Y"]
+    write_csv(options.out / "fovea_localization_results.csv", header, foveas)
+    print(f"{options.out}: {len(risks)} pictures")
 
 
-def draw(file: Path, finding: Finding) -> None:
-    """Draws the outlines of disc and cup and the fovea over a photograph, and the disc enlarged."""
-    width, height = finding.picture.size
-    pixels = np.asarray(finding.picture)
-    disc = np.zeros((height, width), bool) if finding.mask is None else finding.mask < 255
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots(1, 2 if disc.any() else 1, squeeze=False)[0]
-    for ax in axes:
-        ax.axis("off")
-        ax.imshow(pixels)
-        outline(ax, disc, MARK, "solid")
-        if finding.mask is not None:
-            outline(ax, finding.mask == 0, MARK, "dashed")
-    if finding.fovea is not None:
-        axes[0].plot(*finding.fovea, "x", color=MARK, markersize=9)
-    if disc.any():
-        rows, columns = np.nonzero(disc)
-        reach = 1.1 * max(int(np.ptp(rows)), int(np.ptp(columns)), 4)
-        axes[1].set_xlim(columns.mean() - reach, columns.mean() + reach)
-        axes[1].set_ylim(rows.mean() + reach, rows.mean() - reach)
-    save(figure, file)
+def _drawing(
+    out: Path, photograph: Photograph, prepared: Prepared, finding: Finding
+) -> tuple[object, ...]:
+    mask = out / "masks" / f"{photograph.output}.png"
+    drawing = out / "overlays" / f"{photograph.output}.jpg"
+    return prepared, dict(finding.maps), finding.seen, finding.fovea, mask, drawing
 
 
-def _enlarge(probabilities: Array, size: tuple[int, int]) -> Array:
-    """Resizes a map to a photograph's size, with the same filter that resized the photograph."""
-    maps = torch.from_numpy(probabilities)[None, None]
-    large = torch.nn.functional.interpolate(maps, size[::-1], mode="bilinear", antialias=True)
-    return large[0, 0].numpy()
-
-
-def _place(seen: SecondLook, size: tuple[int, int]) -> Array:
-    """Pastes the cup of a second look, resized, into an empty map of the photograph's size."""
-    left, _, right, bottom = seen.box
-    side = right - left
-    # The box may extend beyond the photograph, by less than its own side.
-    whole = np.zeros((size[1] + 2 * side, size[0] + 2 * side))
-    whole[bottom : bottom + side, right : right + side] = _enlarge(seen.cup, (side, side))
-    return whole[side : side + size[1], side : side + size[0]]
-
-
-def _write_mask(file: Path, mask: NDArray[np.uint8]) -> None:
-    make_folder(file.parent)
-    form = file.suffix.removeprefix(".")
-    write_whole(file, lambda opened: Image.fromarray(mask).save(opened, format=form))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None or np.isnan(value) else f"{value:.6f}"
+def _append(table: Table, written: deque[tuple[Future[None], dict[str, str]]]) -> None:
+    future, row = written.popleft()
+    future.result()
+    table.append(row)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -276,12 +218,25 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(submission=False, device="auto", rule="specificity")
+    parser.set_defaults(
+        submission=False,
+        device="auto",
+        rule="specificity",
+        recalibrate=None,
+        resume=False,
+        workers=None,
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
-    parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders, patterns")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    rules = "; ".join(f"{name}: {what}" for name, what in RULES.items())
+    rules = "; ".join(f"{name}: {text.format(where='validation')}" for name, text in RULES.items())
+    rules = rules.replace("%", "%%")
     parser.add_argument("--rule", choices=tuple(RULES), help=f"when to refer ({rules})")
+    parser.add_argument(
+        "--recalibrate", metavar="DIR", help="take threshold and calibration from this data set"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the table in --out")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read and write")
     parser.add_argument("--submission", action="store_true", help="write a challenge submission")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser

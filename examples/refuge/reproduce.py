@@ -15,11 +15,12 @@ from pathlib import Path
 
 from refuge.best import load_photographs, open_run
 from refuge.errors import InputError, report_errors
-from refuge.files import make_folder
-from refuge.methods import build_aggregator
+from refuge.files import lock_folder, make_folder
+from refuge.methods import check_method
 from refuge.photographs.data import describe
-from refuge.settings import AGGREGATED, RUNS, Parser, Settings, add_flags, complete, read_settings
+from refuge.settings import RUNS, Parser, Settings, add_flags, complete, read_settings
 from refuge.study.figures import draw_by_rate, draw_comparison, draw_roc_curves, draw_saliency
+from refuge.study.folds import write_decisions
 from refuge.study.tables import (
     FinishedRun,
     choose_rates,
@@ -52,7 +53,7 @@ def reproduce(options: argparse.Namespace) -> None:
     rates = given.pop("lr", None) or (RATES if what == "lr-sweep" else (Settings().lr,))
     if what == "table2":
         given = {"pretrained": "imagenet", "width": 64} | given
-    given = {"norm": "batch"} | given  # as published
+    given = {"norm": "batch", "mirror": "off", "crop": "off"} | given  # as published
     if seeds < 1:
         raise InputError(f"`--seeds` must be at least 1, got {seeds}.")
     if folds and folds < 3:
@@ -85,6 +86,11 @@ def reproduce(options: argparse.Namespace) -> None:
     write_table(out / f"{what}.md", what, f"{over} of {title}.", runs)
     write_runs(out / f"{what}.csv", runs)
     draw_figures(out, runs, title)
+    if folds:
+        first = [run for run in runs if run.settings.seed == base.seed]
+        text = f"Every photograph of {title}, tested once, seed {base.seed}."
+        write_decisions(out / "decisions.md", text, first)
+        print((out / "decisions.md").read_text(encoding="utf-8"))
     print((out / f"{what}.md").read_text(encoding="utf-8"))
 
 
@@ -97,8 +103,7 @@ def plan(base: Settings, method: str, lr: float) -> Settings:
     weights = base.weights if method == "joint" else ""
     settings = replace(base, method=method, lr=lr, weights=weights)
     settings.check()
-    if method.startswith(AGGREGATED):
-        build_aggregator(method.removeprefix(AGGREGATED))
+    check_method(settings)
     return settings
 
 
@@ -146,7 +151,8 @@ def finish(settings: Settings, home: Path) -> FinishedRun:
     if not (folder / "metrics.json").exists():
         print(folder, flush=True)
         make_folder(folder)
-        train(settings, folder, resume=True)
+        with lock_folder(folder):
+            train(settings, folder, resume=True)
     return read_run(settings, folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from refuge.best import autocast
 from refuge.errors import InputError
 from refuge.losses import task_losses
+from refuge.methods import check_method
 from refuge.photographs.data import Batch
 from refuge.processes import ONE_PROCESS, Processes, start_processes
 from refuge.run import VALIDATE_EVERY, prepare
@@ -44,7 +45,7 @@ def train(settings: Settings, out: Path, resume: bool, processes: Processes = ON
             state.end_epoch()
             if state.epoch % VALIDATE_EVERY == 0 or state.epoch == settings.epochs:
                 validate(run)
-            state.save(out, processes)
+            state.save(out, processes, settings)
     if processes.first:
         finish(run)
 
@@ -72,17 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
     # Processes that a shell starts in the background ignore Ctrl-C by default.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    out = None
+    out: Path | None = None
     try:
         request = parse(arguments)
-        with start_processes(request.settings.torch_device()) as processes:
+        check_method(request.settings)
+        device = request.settings.torch_device()
+        with start_processes(device) as processes, ExitStack() as claimed:
             # One process chooses, or each would claim a folder of its own.
-            out = processes.from_first(lambda: claim_folder(request))
-            try:
-                train(request.settings, out, request.resume, processes)
-            finally:
-                with suppress(OSError):
-                    out.rmdir()  # Succeeds only if nothing was written.
+            out = processes.from_first(lambda: claim_folder(request, claimed))
+            train(request.settings, out, request.resume, processes)
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
@@ -95,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = f"continue with: train.py --resume --out {out}" if saved else "nothing was written"
         print(f"train.py: interrupted; {advice}", file=sys.stderr)
         return 130
+    finally:
+        if out is not None:
+            with suppress(OSError):
+                out.rmdir()  # Succeeds only if nothing was written.
     return 0
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.closures import make_closure
-from mtlopt._core.optimizer import MultiTaskOptimizer, Options
+from mtlopt._core.optimizer import MultiTaskOptimizer
+from mtlopt._core.options import Options
 from mtlopt._core.single import Single
 from mtlopt._gradients.arithmetic import Gradients, Rows, local
 from mtlopt._gradients.autograd import add_to_grads
@@ -89,7 +90,7 @@ class CombiningOptimizer(MultiTaskOptimizer):
             )
         return checked
 
-    # What a method is.
+    # Implemented by the methods.
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
         """Adds the method's gradient to `.grad` and returns the present tasks' losses."""
@@ -138,9 +139,9 @@ class CombiningOptimizer(MultiTaskOptimizer):
     def _update(self, evaluation: Evaluation, values: Values) -> None:
         skipped = None
         if self._scaling is not None:
+            # Before the hooks, which may clip.
+            skipped = self._unscale(self.base)
             try:
-                # Before the hooks, which may clip.
-                skipped = self._unscale(self.base)
                 self._scaling.step(self.base)
             finally:
                 self._scaling.update()
@@ -197,7 +198,8 @@ class CombiningOptimizer(MultiTaskOptimizer):
 
     def _check_made(self) -> None:
         """Warns of gradients that the method did not make, where that makes a difference."""
-        if self._is_sum() or len(self.tasks) == 1:
+        # A gradient that was replaced, such as a centralised one, has lost the ledger's record.
+        if self._ledger.made_last() or self._is_sum() or len(self.tasks) == 1:
             return
         parameters = self._parameters
         if self._ledger.status(parameters) != "made" and any(

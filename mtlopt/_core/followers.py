@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt._core.state import copied
+from mtlopt._core.state import NOT_OPTIONS, copied
 
 Groups = list[dict[str, Any]]
 
@@ -49,7 +49,7 @@ class _Snapshot:
 
     def __init__(self, group: dict[str, Any], keys: list[str]) -> None:
         self.marks = {key: fingerprint(group[key]) for key in keys}
-        self._get = itemgetter("params", *keys)  # At least two, so that it returns a tuple.
+        self._get = itemgetter("params", "params", *keys)  # Several, to get a tuple.
         self._values = self._get(group)
         self._immutable = all(_is_immutable(group[key]) for key in keys)
 
@@ -64,12 +64,18 @@ def _is_immutable(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def _is_option(key: str, value: Any) -> bool:
+    items = value if isinstance(value, (tuple, list)) else [value]
+    return key not in NOT_OPTIONS and all(isinstance(v, Tensor) or _is_immutable(v) for v in items)
+
+
 class Follower:
     """Copies changes in the panel's groups to one task's groups, except for overrides.
 
     A value that differs from the one copied last was set by the user, or by a scheduler on the
-    task's own optimizer: an override, which stays until :meth:`reset`. What the optimizer itself
-    changes during a step (such as a counter in its groups) is not one.
+    task's own optimizer: an override, which stays until :meth:`reset`. A change that the
+    optimizer itself makes during a step (a counter in its groups, a rate that it adapts) is not
+    one, and is never overwritten.
     """
 
     def __init__(
@@ -78,15 +84,25 @@ class Follower:
         panel: Groups,
         overrides: list[list[str]] | None = None,
         pins: list[list[str]] | None = None,
+        adapted: list[list[str]] | None = None,
     ) -> None:
         self.own = own
         self._overrides = _as_sets(overrides, len(panel))
         self._pins = _as_sets(pins, len(panel))
+        # What the optimizer has changed by itself.
+        self._adapted = _as_sets(adapted, len(panel))
         self._parameters = [list(group["params"]) for group in panel]
+        # Some classes have options in their groups that are not among their defaults.
         self._keys = [
-            [key for key in group if key in own.defaults and key in source]
+            [
+                key
+                for key, value in group.items()
+                if key in source and (key in own.defaults or _is_option(key, value))
+            ]
             for group, source in zip(own.param_groups, panel, strict=True)
         ]
+        self._ignored = False
+        self._had_initial = ["initial_lr" in group for group in own.param_groups]
         self._panel = [_Snapshot(*pair) for pair in zip(panel, self._keys, strict=True)]
         self._given = [_Snapshot(*pair) for pair in zip(own.param_groups, self._keys, strict=True)]
 
@@ -99,6 +115,11 @@ class Follower:
     def pins(self) -> list[list[str]]:
         """The names of the overridden hyper-parameters that stay so at any value."""
         return [sorted(keys) for keys in self._pins]
+
+    @property
+    def adapted(self) -> list[list[str]]:
+        """The names of the hyper-parameters of each group that the optimizer changes itself."""
+        return [sorted(keys) for keys in self._adapted]
 
     def pin(self, keys: Iterable[str], panel: Groups) -> None:
         """Keeps hyper-parameters at their present values."""
@@ -118,7 +139,8 @@ class Follower:
         """Accepts what the optimizer wrote to its own groups: no override."""
         for i, (group, given) in enumerate(zip(self.own.param_groups, self._given, strict=True)):
             if not given.holds(group):
-                self._given[i] = _Snapshot(group, self._keys[i])
+                self._given[i] = now = _Snapshot(group, self._keys[i])
+                self._adapted[i] |= {k for k, mark in now.marks.items() if mark != given.marks[k]}
 
     def follow(self, panel: Groups) -> None:
         """Copies what has changed in the panel since the last call."""
@@ -131,7 +153,12 @@ class Follower:
             given, before = source["params"], self._parameters[i]
             if len(given) != len(before) or not all(map(is_, given, before)):
                 self._replace(i, source["params"], own)
-            if "initial_lr" in own:  # A scheduler is attached to this task alone.
+            # A scheduler is attached to this task alone; torch's wrap `step`, others may not.
+            if ("initial_lr" in own and not self._had_initial[i]) or (
+                "step" in vars(self.own)
+                and not self._ignored
+                and hasattr(self.own.step, "_wrapped_by_lr_sched")
+            ):
                 self._overrides[i].add("lr")
             if not (self._given[i].holds(own) and self._panel[i].holds(source)):
                 self._follow_group(i, source, own)
@@ -163,7 +190,8 @@ class Follower:
                 # the learning rate to 0 for one step.
                 follows = mark == fingerprint(source[key]) and key not in self._pins[i]
                 (self._overrides[i].discard if follows else self._overrides[i].add)(key)
-            if key not in self._overrides[i] and fingerprint(source[key]) != seen[key]:
+            fixed = key in self._overrides[i] or key in self._adapted[i]
+            if not fixed and fingerprint(source[key]) != seen[key]:
                 _give(own, key, source[key])
         self._given[i] = _Snapshot(own, self._keys[i])
         self._panel[i] = _Snapshot(source, self._keys[i])
@@ -172,12 +200,14 @@ class Follower:
         """Copies the panel's values over all overrides."""
         self.follow(panel)
         for i, (source, own) in enumerate(zip(panel, self.own.param_groups, strict=True)):
-            own.pop("initial_lr", None)
-            for key in self._overrides[i]:
+            for key in self._overrides[i] - self._adapted[i]:
                 _give(own, key, source[key])
             self._overrides[i].clear()
             self._pins[i].clear()
-        self.accept()
+            self._given[i] = _Snapshot(own, self._keys[i])
+        # A scheduler that is still attached is an override only once it changes something.
+        self._ignored = hasattr(self.own.step, "_wrapped_by_lr_sched")
+        self._had_initial = ["initial_lr" in group for group in self.own.param_groups]
 
 
 def _as_sets(keys: list[list[str]] | None, count: int) -> list[set[str]]:

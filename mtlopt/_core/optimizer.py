@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakMethod
 
 import torch
@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtlopt._core.closures import needs_closure
+from mtlopt._core.options import Options
 from mtlopt._core.state import extras, lasting, load, save
 from mtlopt._core.warnings import EMPTY_STEPS, Warnings
+from mtlopt._gradients.arithmetic import device_of
 from mtlopt._gradients.autograd import Ledger
 from mtlopt._gradients.evaluation import Evaluation, Forwards, unscaled
 from mtlopt._gradients.losses import (
     SINGLE_PROCESS,
-    CheckFinite,
     LossesFunction,
     LossEvaluator,
     Ranks,
@@ -38,14 +39,6 @@ from mtlopt._gradients.report import Report
 if TYPE_CHECKING:
     from mtlopt._core.panel import Panel
     from mtlopt._core.single import Single
-
-
-class Options(NamedTuple):
-    """The options of every method."""
-
-    scaler: torch.amp.GradScaler | None = None
-    check_finite: CheckFinite = False
-    process_group: dist.ProcessGroup | None = None
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -103,19 +96,9 @@ class MultiTaskOptimizer(Optimizer):
         # Whether the method expects a model in DDP, which reduces every backward pass.
         self._model_is_wrapped = False
         self._tasks = check_tasks(tasks)
+        self._needs_closure = needs_closure(updater.inner[0])
+        options.check(updater.inner[0], self._needs_closure)
         self.scaler, self.check_finite, self.process_group = options
-        if self.scaler is not None and not isinstance(self.scaler, torch.amp.GradScaler):
-            raise TypeError(
-                f"`scaler` must be a torch.amp.GradScaler, got {self.scaler!r}: "
-                "scaler=torch.amp.GradScaler()."
-            )
-        first = updater.inner[0]
-        self._needs_closure = needs_closure(first)
-        if self._needs_closure and (self.scaler is not None or self.process_group is not None):
-            raise ValueError(
-                "`scaler` and `process_group` must be None for a class that needs a closure, "
-                f"got {type(first).__name__}."
-            )
         # Creates torch's tables of hooks. `__init__` would check and hold parameter groups.
         Optimizer.__setstate__(self, {})
         # Changed in place, never replaced: Lightning's wrapper shares an optimizer's attributes.
@@ -184,7 +167,7 @@ class MultiTaskOptimizer(Optimizer):
 
     @abstractmethod
     def _take_step(self, evaluation: Evaluation) -> Values:
-        """Updates the parameters and returns the losses: what a method is."""
+        """Updates the parameters and returns the present tasks' losses."""
 
     @abstractmethod
     def _step_on_grads(self, closure: Callable[[], Any] | None) -> Any:
@@ -196,7 +179,13 @@ class MultiTaskOptimizer(Optimizer):
 
     @abstractmethod
     def diagnostics(self) -> dict[str, Tensor]:
-        """Returns what the last step saw, as tensors ready for a logger."""
+        """Returns what the last step saw, as tensors ready for a logger.
+
+        With ``check_finite="skip"`` also ``skipped`` (T,), which tasks it left out for that.
+        """
+
+    def _skipped(self) -> dict[str, Tensor]:
+        return self._report.figures(self._tasks) if self.check_finite == "skip" else {}
 
     def _evaluation(
         self,
@@ -209,6 +198,7 @@ class MultiTaskOptimizer(Optimizer):
         # Frozen parameters too: `losses` may freeze and unfreeze between tasks.
         parameters = self._parameters
         scaling = self._scaling
+        self._report.skipped.clear()
         return Evaluation(
             LossEvaluator(losses, names_of(*self._tasks), self.check_finite),
             self._tasks,
@@ -280,14 +270,15 @@ class MultiTaskOptimizer(Optimizer):
         if self._scaling is None:
             return None
         self._scaling.unscale_(optimizer)
-        # The scaler's private record, because asking for the flag would wait for the device.
-        record = self._scaling._per_optimizer_states[id(optimizer)]
-        flags = list(record["found_inf_per_device"].values())
+        # The scaler's private record, because asking for the flag would wait for the device; it is
+        # not offered otherwise: https://github.com/pytorch/pytorch/issues/152279.
+        found = self._scaling._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        flags = list(found.values())
         if not flags:  # None of the parameters has a gradient.
             return None
         return torch.stack([flag.to(flags[0].device) for flag in flags]).sum() > 0
 
-    # What torch expects of an optimizer.
+    # The contract with torch.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -296,7 +287,7 @@ class MultiTaskOptimizer(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._updater.param_groups = groups
+        self._updater.assign_groups(groups)
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]  # an attribute in torch
@@ -315,7 +306,7 @@ class MultiTaskOptimizer(Optimizer):
 
     @property
     def _device(self) -> torch.device:
-        return next((parameter.device for parameter in self._parameters), torch.device("cpu"))
+        return device_of(self._parameters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as torch takes it, for every task."""

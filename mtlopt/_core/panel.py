@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 
 from mtlopt._core.followers import Follower
 from mtlopt._core.optimizer import MultiTaskOptimizer, weak_hook
-from mtlopt._core.state import copied, copied_group, copied_state
+from mtlopt._core.state import SCHEDULERS, copied, copied_group, copied_state
 from mtlopt._gradients.autograd import drop_zeros, has_compiled
 from mtlopt._gradients.losses import Task
 
+KINDS = ("overrides", "pins", "adapted")
+"""Reasons for which a task does not take a hyper-parameter from the panel."""
 Keys = list[list[list[str]]]
 """For each task and each parameter group, names of hyper-parameters."""
 
@@ -46,7 +48,6 @@ class Panel:
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups = [copied_group(group) for group in first.param_groups]
         self._in_turn = False
-        self._forget_schedulers()
         self._follow()
 
     @contextmanager
@@ -60,22 +61,18 @@ class Panel:
 
     # Following.
 
-    def _follow(self, overrides: Keys | None = None, pins: Keys | None = None) -> None:
-        nothing: list[None] = [None] * len(self.optimizers)
+    def _follow(self, **kept: Keys) -> None:
         self._followers = {
-            task: Follower(optimizer, self.param_groups, keys, pinned)
-            for (task, optimizer), keys, pinned in zip(
-                self.optimizers.items(), overrides or nothing, pins or nothing, strict=True
+            task: Follower(
+                optimizer, self.param_groups, **{kind: keys[i] for kind, keys in kept.items()}
             )
+            for i, (task, optimizer) in enumerate(self.optimizers.items())
         }
 
     def _overrides(self) -> dict[str, Keys]:
         """Returns the names of what each task does not take from the panel."""
         followers = self._followers.values()
-        return {
-            "overrides": [follower.overrides for follower in followers],
-            "pins": [follower.pins for follower in followers],
-        }
+        return {kind: [getattr(follower, kind) for follower in followers] for kind in KINDS}
 
     def _follow_now(self) -> None:
         for follower in self._followers.values():
@@ -88,12 +85,6 @@ class Panel:
     def reset(self, task: Task) -> None:
         """Lets a task follow the panel in every hyper-parameter."""
         self._followers[task].reset(self.param_groups)
-
-    def _forget_schedulers(self, groups: slice = slice(None)) -> None:
-        # In a task's own group `initial_lr` means that a scheduler is attached to that task alone.
-        for optimizer in self.inner:
-            for group in optimizer.param_groups[groups]:
-                group.pop("initial_lr", None)
 
     # Hooks on the tasks' optimizers: they follow the panel in every form of a step.
 
@@ -133,7 +124,23 @@ class Panel:
         for hook in owner._optimizer_step_post_hooks.values():
             hook(optimizer, args, kwargs)
 
-    # What torch expects of an optimizer.
+    # The contract with torch.
+
+    def assign_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Replaces the groups, and adds those that come after the present ones, for every task."""
+        self._follow_now()
+        held = self.param_groups
+        sizes = [len(group["params"]) for group in held]
+        given = [{**group, "params": list(group["params"])} for group in groups]
+        if [len(group["params"]) for group in given[: len(held)]] != sizes:
+            raise ValueError(
+                f"`param_groups` must begin with groups of {sizes} parameters, got groups of "
+                f"{[len(group['params']) for group in given]}."
+            )
+        self.param_groups = [{**old, **new} for old, new in zip(held, given, strict=False)]
+        self._follow_now()
+        for group in given[len(held) :]:
+            self.add_param_group(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group for every task, or, if that fails, for none."""
@@ -147,15 +154,15 @@ class Panel:
                 del optimizer.param_groups[len(self.param_groups) :]
             raise
         self.param_groups.append(copied_group(self.inner[0].param_groups[-1]))
-        self._forget_schedulers(slice(-1, None))
         self._follow(**self._overrides())
 
     def zero_grad(self, set_to_none: bool) -> None:
-        """Sets all gradients to None; zeros would reach the other tasks' heads."""
+        """Sets all gradients to None; zeros would let weight decay move other heads."""
         if not set_to_none:
             raise ValueError(
                 "`set_to_none` must be True, got False: with zero gradients weight decay would "
-                "move every head in every task's step. Call optimizer.zero_grad()."
+                "move every head in every task's step. Call optimizer.zero_grad(), or set the "
+                "framework's option: `optim_set_to_none=True` in MONAI."
             )
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -187,10 +194,10 @@ class Panel:
         for optimizer, state in zip(self.inner, states, strict=True):
             # A copy, since torch keeps tensors that it need not cast.
             optimizer.load_state_dict(copied_state(state))
-        if saved is None:
-            self._forget_schedulers()
+        # Options that an older release did not save come from a task, without its scheduler's.
         self.param_groups = [
-            {**copied_group(own), **copied_group(new), "params": old["params"]}
+            {key: value for key, value in copied_group(own).items() if key not in SCHEDULERS}
+            | {**copied_group(new), "params": old["params"]}
             for own, new, old in zip(
                 self.inner[0].param_groups,
                 state_dict["param_groups"],
@@ -198,8 +205,7 @@ class Panel:
                 strict=True,
             )
         ]
-        saved = saved or {}
-        self._follow(saved.get("overrides"), saved.get("pins"))
+        self._follow(**{kind: saved[kind] for kind in KINDS if saved and kind in saved})
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow_now()
@@ -207,6 +213,6 @@ class Panel:
         return kept | self._overrides()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        overrides, pins = state.pop("overrides"), state.pop("pins")
+        kept = {kind: state.pop(kind) for kind in KINDS}
         vars(self).update(state)
-        self._follow(overrides, pins)
+        self._follow(**kept)

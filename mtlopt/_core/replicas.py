@@ -53,7 +53,7 @@ def _duplicates(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optim
     """Makes an optimizer for each task like the given one, with a copy of its state."""
     name = type(optimizer).__name__
     check_plain(optimizer, "")
-    if "step" in vars(optimizer) or any("initial_lr" in g for g in optimizer.param_groups):
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         raise ValueError(
             f"`optimizer` must have no scheduler yet, got {name} with one, which would have "
             "no effect: attach it to the IndependentOptimizer."
@@ -73,9 +73,8 @@ def _duplicate(optimizer: Optimizer) -> Optimizer:
     memo[id(optimizer)] = copy
     copy_subclasses(optimizer.state, memo)
     # Without the constructor, whose signature can be anything.
+    vars(copy).update(deepcopy(extras(optimizer), memo))
     copy.__setstate__(deepcopy(optimizer.__getstate__(), memo))
-    for name, value in extras(optimizer).items():
-        vars(copy).setdefault(name, deepcopy(value, memo))
     return copy
 
 

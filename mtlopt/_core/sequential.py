@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._core.closures import make_closure
-from mtlopt._core.optimizer import MultiTaskOptimizer, Options
+from mtlopt._core.optimizer import MultiTaskOptimizer
+from mtlopt._core.options import Options
 from mtlopt._core.updates import Updates
 from mtlopt._gradients.arithmetic import norm
 from mtlopt._gradients.autograd import set_grads
@@ -69,7 +70,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
         if order not in ("fixed", "shuffled"):
             raise ValueError(f"`order` must be 'fixed' or 'shuffled', got {order!r}.")
         self.order = order
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         # Changed in place, because Lightning's wrapper shares an optimizer's attributes.
         self._seen: dict[Task, tuple[Tensor | None, Tensor | None]] = {}
         self._wants_norms = [False]
@@ -84,7 +85,8 @@ class SequentialOptimizer(MultiTaskOptimizer):
         Returns:
             ``gradient_norms`` (T,), the Euclidean norm of each task's gradient before any hook, NaN
             for an absent task and before the first call; ``skipped`` (T,), whether a task's update
-            was skipped because its gradient overflowed. With ``record="updates"`` also what each
+            was skipped because its gradient overflowed (or, with ``check_finite="skip"``, because
+            its loss or gradient was not finite). With ``record="updates"`` also what each
             task's update changed in the parameters that several tasks share: ``update_norms``
             (T,); ``update_cosines`` (T, T) between the tasks' updates, NaN for an absent task; and
             ``update_shares`` (T,), each task's share of the decaying average (0.99 a step) of
@@ -92,7 +94,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
             first step. With sharded parameters every rank must call it.
         """
         self._wants_norms[0] = True
-        if not self._seen:
+        if not self._seen and not self._report.skipped:
             return {}
         zero = torch.zeros((), device=self._device)
         nan, no = torch.full_like(zero, float("nan")), zero > 0
@@ -102,6 +104,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
                 [nan if n is None else n.to(nan.device) for n, _ in seen]
             ),
             "skipped": torch.stack([no if skipped is None else skipped for _, skipped in seen]),
+            **self._skipped(),
             **({} if self._updates is None else self._updates.diagnostics()),
         }
 
@@ -131,7 +134,13 @@ class SequentialOptimizer(MultiTaskOptimizer):
         """Yields the present tasks, each with its gradient where the last update ended."""
         for task in self._turns():
             evaluation.clear_grads()
-            if present := evaluation.add_sum(names_of(task)):
+            present = evaluation.add_sum(names_of(task))
+            if present and self.check_finite == "skip" and self._scaling is None:
+                gradient = [parameter.grad for parameter in evaluation.parameters]
+                if self._report.lost({task: gradient}):
+                    evaluation.clear_grads()
+                    continue
+            if present:
                 yield task, present
 
     def _at_once(self, evaluation: Evaluation) -> Iterator[tuple[Task, Values]]:
@@ -200,10 +209,11 @@ class SequentialOptimizer(MultiTaskOptimizer):
         return sorted(drawn) if self.order == "fixed" else drawn
 
     def _permutation(self) -> list[int]:
-        drawn: list[int] = torch.randperm(len(self.tasks), generator=self.generator).tolist()
+        options: Any = {"generator": self.generator, "device": "cpu"}
+        drawn: list[int] = torch.randperm(len(self.tasks), **options).tolist()
         return drawn
 
-    # What is not a function of losses.
+    # Refusals.
 
     _without_losses: str
     _with_ready_losses: str

@@ -25,8 +25,7 @@ class Single:
     def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+    def assign_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
 
     @property
@@ -49,7 +48,8 @@ class Single:
     @contextmanager
     def turn(self, task: Task) -> Iterator[Optimizer]:
         """Yields the optimizer for one task's update."""
-        # As a separate object per task: a scaler allows one step per object and update.
+        # As a separate object per task: a scaler allows one step per object and update
+        # (https://github.com/pytorch/pytorch/pull/26512).
         turn: Any = self._turns.setdefault(task, _Turn(self.base))
         yield turn
 
@@ -84,13 +84,15 @@ class _Turn:
 
 
 def check_plain(optimizer: object, remedy: str) -> None:
-    """Refuses what is no plain optimizer, or takes the gradients by hooks of its own."""
+    """Refuses an argument that is no plain optimizer, or one that hooks into backward passes."""
     name = type(optimizer).__name__
     rule = f"`optimizer` must be an instance of a plain torch.optim.Optimizer, got {name}"
     if isinstance(optimizer, MultiTaskOptimizer):
         raise TypeError(f"{rule}: mtlopt optimizers cannot be nested; pass the one that it wraps.")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{rule}: {remedy}.")
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):  # As Accelerate's.
+        raise TypeError(f"{rule}, which wraps one: pass `optimizer.optimizer`.")
     if any(kind.__name__ == "CPUOffloadOptimizer" for kind in type(optimizer).__mro__):
         raise ValueError(
             "`optimizer` must step on the gradients in `.grad`, got torchao's "

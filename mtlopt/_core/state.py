@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,11 +13,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the entry `mtlopt` in state dicts."""
-NOT_OPTIONS = {
-    *("params", "param_names"),
-    *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
-}
-"""Keys of parameter groups that are no options of the class; most belong to schedulers."""
+SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
+"""Keys of parameter groups that schedulers write."""
+NOT_OPTIONS = {"params", "param_names"} | SCHEDULERS
+"""Keys of parameter groups that are no options of the class."""
 
 
 def save(optimizer: "MultiTaskOptimizer") -> dict[str, Any]:
@@ -42,7 +40,7 @@ def load(optimizer: "MultiTaskOptimizer", state_dict: dict[str, Any]) -> None:
         changed = before(optimizer, state_dict)
         state_dict = state_dict if changed is None else changed
     updater = optimizer._updater
-    with _undone_on_failure((optimizer, updater, *updater.inner), optimizer.generator):
+    with _undone_on_failure(optimizer):
         _check_state(optimizer, state_dict)
         updater.load_state_dict(state_dict)
         if (saved := state_dict.get("mtlopt")) is not None:
@@ -71,7 +69,11 @@ def _identity(optimizer: "MultiTaskOptimizer") -> dict[str, Any]:
 
 def _check_state(optimizer: "MultiTaskOptimizer", state_dict: dict[str, Any]) -> None:
     """Refuses the state of another method, class or set of parameters."""
-    if "param_groups" not in state_dict or not ({"state", "mtlopt"} & state_dict.keys()):
+    # Some classes, such as Lookahead, have state dicts of another form.
+    usual = "param_groups" in (form := optimizer._updater.state_dict())
+    if not usual and form.keys() <= state_dict.keys():
+        state_dict = state_dict | {"param_groups": optimizer.param_groups}
+    elif "param_groups" not in state_dict or not ({"state", "mtlopt"} & state_dict.keys()):
         raise ValueError(
             "`state_dict` must have the entries `param_groups` and `state` or `mtlopt`, "
             f"got {sorted(map(str, state_dict))}."
@@ -118,20 +120,22 @@ def _as_lists(value: Any) -> Any:
 
 
 @contextmanager
-def _undone_on_failure(
-    owners: Iterable[object], generator: torch.Generator | None
-) -> Iterator[None]:
-    """Restores the owners' attributes if loading a state fails."""
+def _undone_on_failure(optimizer: "MultiTaskOptimizer") -> Iterator[None]:
+    """Restores everything if loading a state fails."""
+    owners = (optimizer, optimizer._updater, *optimizer._updater.inner)
     earlier = [(owner, dict(vars(owner))) for owner in owners]
-    drawn = None if generator is None else generator.get_state()
+    # Copies, because a rule's parameters, and generators, are loaded in place.
+    own = deepcopy(optimizer._own_state())
+    drawn = None if optimizer.generator is None else optimizer.generator.get_state()
     try:
         yield
     except BaseException as error:
+        optimizer._load_own_state(own)
         for owner, attributes in earlier:
             vars(owner).clear()
             vars(owner).update(attributes)
-        if generator is not None and drawn is not None:
-            generator.set_state(drawn)
+        if optimizer.generator is not None and drawn is not None:
+            optimizer.generator.set_state(drawn)
         if isinstance(error, (AttributeError, IndexError, KeyError, TypeError)):
             raise ValueError(f"`state_dict` must be complete, got one with {error!r}.") from error
         raise
@@ -151,6 +155,7 @@ def lasting(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def extras(optimizer: Optimizer) -> dict[str, Any]:
     """Returns the attributes that torch's `__getstate__` drops, without which LBFGS fails."""
+    # Three are kept on purpose: https://github.com/pytorch/pytorch/pull/72839.
     kept = optimizer.__getstate__()
     return {n: value for n, value in lasting(vars(optimizer)).items() if n not in kept}
 
@@ -176,7 +181,7 @@ def copied_group(group: dict[str, Any]) -> dict[str, Any]:
 def copied_state(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Copies a state dict."""
     memo: dict[int, Any] = {}
-    copy_subclasses(state_dict["state"], memo)
+    copy_subclasses(state_dict.get("state", {}), memo)
     return deepcopy(state_dict, memo)
 
 

@@ -20,17 +20,17 @@ class Updates:
     """
 
     def __init__(self, count: int) -> None:
-        self.squares = torch.zeros(count, dtype=torch.float64)
+        self.squares = torch.zeros(count, dtype=torch.float64, device="cpu")
         """Decaying averages of the tasks' squared updates."""
         self._count = count
         self._stepped: set[int] = set()
         self._tasks_of: dict[int, set[int]] = {}
         self._rows: dict[int, dict[int, Tensor]] = {}
-        self._last: tuple[list[int], Tensor] = [], torch.zeros(0, 0, dtype=torch.float64)
+        self._last: tuple[list[int], Tensor] = [], self.squares.new_zeros(0, 0)
 
     def begin(self) -> None:
         """Forgets the last step."""
-        self._rows, self._last = {}, ([], torch.zeros(0, 0, dtype=torch.float64))
+        self._rows, self._last = {}, ([], self.squares.new_zeros(0, 0))
 
     @contextmanager
     def of(self, task: int, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -63,8 +63,8 @@ class Updates:
         """Returns the last step's figures, NaN for a task without an update."""
         present, products = self._last
         norms = torch.full_like(self.squares, float("nan"))
-        angles = torch.full((self._count, self._count), float("nan"), dtype=torch.float64)
-        index = torch.tensor(present, dtype=torch.long)
+        angles = norms.repeat(self._count, 1)
+        index = torch.tensor(present, dtype=torch.long, device="cpu")
         norms[index] = products.diagonal().sqrt()
         angles[index[:, None], index] = cosines(products)
         shares = self.squares / self.squares.sum()

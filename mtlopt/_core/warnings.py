@@ -63,7 +63,8 @@ class Warnings:
         text = {
             "unreached": (
                 f"The loss of task {found.task!r} depends on none of the optimizer's parameters, "
-                "so it trains nothing: were they given to the optimizer, and are they the model's?"
+                "so it trains nothing: were they given to the optimizer, and are they the model's? "
+                "Checkpoints of inputs that need no gradient must have `use_reentrant=False`."
             ),
             "others": (
                 "`losses` depends on parameters that are not this optimizer's, and its tasks' "
@@ -74,6 +75,11 @@ class Warnings:
             "uncut": (
                 "No loss depends on the outputs of `features`, so no gradients are combined: give "
                 "the modules whose outputs the heads are called with."
+            ),
+            "unshared": (
+                "No output of `features` is used by two tasks, so their gradients cannot conflict "
+                "there and the method is the plain sum: call the modules once for all tasks, or "
+                "remove `features`."
             ),
         }[found.kind]
         self._warn(found, text)

@@ -1,1 +1,1 @@
-"""What a gradient is."""
+"""Gradients: asking for losses, backward passes, averages, and their arithmetic."""

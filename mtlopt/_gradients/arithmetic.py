@@ -49,7 +49,7 @@ def norm(gradients: Gradients) -> Tensor:
     given = [g for g in gradients if g is not None]
     dense = [local(g.coalesce().values() if g.is_sparse else g) for g in given]
     if not dense:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     if {g.dtype for g in dense} <= HALVES:
         norms = torch._foreach_norm(dense, 2, torch.float32)
     else:
@@ -64,12 +64,34 @@ def norm(gradients: Gradients) -> Tensor:
     return sum_over_shards({c: torch.stack(q).sum() for c, q in squares.items()}).sqrt()
 
 
+def device_of(parameters: Sequence[Tensor]) -> torch.device:
+    """Returns the device of the first parameter that is on one; "meta" holds no numbers."""
+    devices = [parameter.device for parameter in parameters] or [torch.device("cpu")]
+    return next((device for device in devices if device.type != "meta"), devices[0])
+
+
+def is_finite(gradients: Gradients) -> Tensor:
+    """Returns whether all numbers of a gradient are finite."""
+    given = [g for g in gradients if g is not None]
+    if not given or is_sharded(given):  # The norm's ranks agree.
+        return norm(gradients).isfinite()
+    flags = [(g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in given]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+
+
 def to_numbers(tensors: Sequence[Tensor]) -> list[float]:
     """Copies scalars to the host, all at once."""
     device = tensors[0].device
     dtype = torch.float32 if device.type in NO_FLOAT64 else torch.float64
     numbers: list[float] = torch.stack([t.to(device, dtype) for t in tensors]).tolist()
     return numbers
+
+
+def to_floats(weights: Mapping[Any, float | Tensor]) -> dict[Any, float]:
+    """Copies weights to the host, all at once."""
+    tensors = [weight for weight in weights.values() if isinstance(weight, Tensor)]
+    numbers = iter(to_numbers(tensors) if tensors else ())
+    return {k: next(numbers) if isinstance(w, Tensor) else w for k, w in weights.items()}
 
 
 def tasks_by_parameter(gradients: Sequence[Gradients]) -> list[tuple[int, ...]]:
@@ -102,7 +124,10 @@ def gram(gradients: Sequence[Gradients], shared: bool = True) -> Tensor:
         if len(tasks) > (1 if shared else 0)
     ]
     # The user may allow rough products of float32 (TF32); that setting is shared by all threads.
-    exact = torch.get_float32_matmul_precision() == "highest"
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # Set for one backend: https://github.com/pytorch/pytorch/issues/179445.
+        exact = False
     total = _products(columns, len(gradients), torch.float32 if exact else torch.float64)
     squares = total.diagonal()
     within = squares.isfinite() & (squares >= SMALLEST_SQUARE)
@@ -239,7 +264,7 @@ def _products(
             zeros[index[:, None], index] = product
         totals[cut] = totals[cut] + zeros.to(totals[cut]) if cut in totals else zeros
     if not totals:
-        return torch.zeros(count, count, dtype=torch.float64)
+        return torch.zeros(count, count, dtype=torch.float64, device="cpu")
     return sum_over_shards(totals).cpu().double()
 
 
@@ -265,7 +290,7 @@ def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     They are flattened in memory order where they share one; other devices get whole vectors.
     """
     if any(part.is_sparse for part in parts):
-        parts = [part.to_dense() for part in parts]
+        parts = _on_common_rows(parts)
     elif len({part.stride() for part in parts}) == 1:  # No copy for channels-last tensors.
         order = sorted(range(parts[0].dim()), key=parts[0].stride, reverse=True)
         parts = [part.permute(order) for part in parts]
@@ -273,6 +298,19 @@ def _blocks(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     if parts[0].device.type == "cpu":
         size = max(BLOCK // len(parts) // CHUNK, 1) * CHUNK
     return zip(*(part.reshape(-1).split(size) for part in parts), strict=True)
+
+
+def _on_common_rows(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Returns sparse gradients as dense ones of the rows that any has; whole, if one is dense."""
+    if not all(part.is_sparse and part.sparse_dim() == 1 for part in parts):
+        return [part.to_dense() for part in parts]
+    parts = [part.coalesce() for part in parts]
+    indices = [part.indices()[0] for part in parts]
+    common, positions = torch.cat(indices).unique(return_inverse=True)
+    return [
+        part.values().new_zeros(len(common), *part.shape[1:]).index_copy_(0, own, part.values())
+        for part, own in zip(parts, positions.split([len(i) for i in indices]), strict=True)
+    ]
 
 
 # Shards (FSDP2, tensor parallelism).

@@ -2,12 +2,16 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from mtlopt._gradients.arithmetic import Gradients, add, local, norm
+from mtlopt._gradients.arithmetic import Gradients, add, is_sharded, local, norm
+
+SECOND_PASS_OF_DDP = ("marked ready only once", "marked as ready twice", "still allreduced by DDP")
+"""What torch says of a second backward pass, unless it fails to reduce it in silence."""
 
 
 def backward(
@@ -50,7 +54,8 @@ def differentiate(
     last = len(losses) - 1
     try:
         for position, loss in enumerate(losses):
-            # Not torch.autograd.grad: its results may share memory, and FSDP2 does not see it.
+            # Not torch.autograd.grad: its results may share memory, and it passes by FSDP2, whose
+            # parameters are not in the graph: https://github.com/meta-pytorch/torchrec/pull/4268.
             inputs = list(parameters) if parameters_only else None
             backward(loss, parameters, retain_graph or position < last, inputs)
             yield pop_grads(parameters)
@@ -82,11 +87,12 @@ def explain(error: RuntimeError) -> None:
             "use ready losses for one step only, with `backward(losses, retain_graph=True)` where "
             "another optimizer needs their graph; detach what you carry over from an earlier batch."
         ) from error
-    if "marked ready only once" in str(error) or "marked as ready twice" in str(error):
+    if any(sign in str(error) for sign in SECOND_PASS_OF_DDP):
+        # https://github.com/pytorch/pytorch/issues/47260
         raise RuntimeError(
             "A model wrapped in DistributedDataParallel allows one backward pass per forward pass. "
             "A method that combines the tasks' gradients takes several: give it the bare model, "
-            "and `process_group=`."
+            "and `process_group=`, or choose `forwards='per-task'`."
         ) from error
     if "donated" in str(error):
         raise RuntimeError(
@@ -122,7 +128,7 @@ def add_to_grads(parameters: Sequence[Tensor], gradient: Gradients) -> None:
 def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
     """Lists the leaves of the losses' graphs; None where a custom function may hide some."""
     found = []
-    for node in _nodes(losses):
+    for node in nodes_of(losses):
         if hasattr(node, "variable"):
             found.append(node.variable)
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -130,13 +136,8 @@ def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
     return found
 
 
-def share_a_graph(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
-    """Returns whether the graphs have a common node, whose buffers are needed twice."""
-    nodes = set(_nodes(first))
-    return any(node in nodes and not hasattr(node, "variable") for node in _nodes(second))
-
-
-# Compiled graphs give zeros for parameters that a loss does not depend on; eager ones give None.
+# Compiled graphs give zeros for parameters that a loss does not depend on; eager ones give None:
+# https://github.com/pytorch/pytorch/pull/186355.
 
 
 def drop_zeros(parameters: Iterable[Tensor], keep_if_all: bool = False) -> None:
@@ -165,10 +166,11 @@ def has_compiled() -> bool:
 
 def is_compiled(*outputs: Tensor) -> bool:
     """Returns whether the graph of any of the tensors has a compiled part."""
-    return any("CompiledFunction" in node.name() for node in _nodes(outputs))
+    return any("CompiledFunction" in node.name() for node in nodes_of(outputs))
 
 
-def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+def nodes_of(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+    """Yields the nodes of the losses' graphs, each once."""
     todo, seen = [loss.grad_fn for loss in losses], set()
     while todo:  # Not recursive: graphs can be deeper than Python's stack.
         node = todo.pop()
@@ -179,6 +181,12 @@ def _nodes(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
 
 
 # The ledger.
+
+
+def _note_backward(parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad._mtlopt_backward = True  # type: ignore[attr-defined]  # a note
+
 
 Status: TypeAlias = Literal["new", "made", "applied", "changed"]
 
@@ -197,18 +205,43 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self._stepped = False
+        self._stepped = self._made = False
+        self._watch: RemovableHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_watch": None}
 
     def mark(self, parameters: Sequence[Tensor], status: Literal["made", "applied"]) -> None:
         """Records that a method made, or a step applied, the gradients of the parameters."""
-        self._stepped = status == "applied"
+        self._stepped, self._made = status == "applied", status == "made"
+        if self._watch is not None:
+            self._unwatch()
+        if self._made:
+            given = [p for p in parameters if p.grad is not None and p.requires_grad]
+            # A backward pass of the user's from here on, unlike an assignment, calls the hook.
+            for parameter in given[:1]:
+                self._watch = parameter.register_post_accumulate_grad_hook(self._forget_made)
         for parameter in parameters:
             if (gradient := parameter.grad) is not None:
                 gradient._mtlopt = status, gradient._version  # type: ignore[attr-defined]
 
     def reset(self) -> None:
         """Records that the gradients were cleared."""
-        self._stepped = False
+        self._stepped = self._made = False
+
+    def _forget_made(self, parameter: Tensor) -> None:
+        self._made = False
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def made_last(self) -> bool:
+        """Returns whether a method made the last gradient, even if it was replaced; asked once."""
+        made, self._made = self._made, False
+        self._unwatch()
+        return made
 
     def status(self, parameters: Sequence[Tensor]) -> Status:
         """Returns the status of the gradients as a whole."""
@@ -224,13 +257,25 @@ class Ledger:
             return "applied"
         return "changed" if max(writes) == 1 else "new"
 
-    def holds_made(self, parameter: Tensor) -> bool:
-        """Returns whether the gradient that a method made is still there, and not zeroed."""
+    def watch(self, parameter: Tensor) -> None:
+        """Notes from now on which of the parameter's gradients come from backward passes."""
+        hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if parameter.requires_grad and _note_backward not in (hooks or {}).values():
+            parameter.register_post_accumulate_grad_hook(_note_backward)
+
+    def has_lost(self, parameter: Tensor) -> bool:
+        """Returns whether a gradient that a method made was cleared, and not merely changed.
+
+        A tensor that was assigned in its place, such as a centred gradient, is a change; one that
+        a backward pass left after clearing is not.
+        """
         gradient = parameter.grad
         status, version = getattr(gradient, "_mtlopt", ("new", 0))
-        if gradient is None or status != "made":
-            return False
-        return version == gradient._version or bool(local(gradient).any())
+        if gradient is None or (status != "made" and is_sharded([gradient])):
+            return True
+        if status != "made" and hasattr(gradient, "_mtlopt_backward"):
+            return True
+        return version != gradient._version and not bool(local(gradient).any())
 
     def copied(self, parameters: Sequence[Tensor]) -> None:
         """Renews the records of copied gradients, whose versions start from zero."""

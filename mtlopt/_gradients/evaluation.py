@@ -8,7 +8,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import Gradients, Rows, add, is_sharded, scaled, to_numbers
+from mtlopt._gradients.arithmetic import (
+    Gradients,
+    Rows,
+    add,
+    scaled,
+    tasks_by_parameter,
+    to_floats,
+)
 from mtlopt._gradients.autograd import (
     add_to_grads,
     backward,
@@ -19,9 +26,14 @@ from mtlopt._gradients.autograd import (
     is_compiled,
     pop_grads,
     set_grads,
+)
+from mtlopt._gradients.features import (
+    Features,
+    backward_from,
+    check_counts,
+    refuse_shards,
     share_a_graph,
 )
-from mtlopt._gradients.features import Features, backward_from, check_counts
 from mtlopt._gradients.losses import (
     SINGLE_PROCESS,
     Loss,
@@ -42,6 +54,7 @@ Forwards: TypeAlias = Literal["joint", "per-task", "per-pass"]
 Weights: TypeAlias = Mapping[str, float | Tensor]
 """Loss weights by name; a name left out has weight 1."""
 
+
 unscaled: Callable[[Tensor], Tensor] = lambda loss: loss  # noqa: E731  # as every scaler
 
 
@@ -57,7 +70,6 @@ class Evaluation:
     parameters: Sequence[Tensor]
     """P leaf tensors."""
     ranks: Ranks
-    """Processes to average over."""
     report: Report
     forwards: Forwards = "joint"
     prescaled: bool = False
@@ -75,7 +87,7 @@ class Evaluation:
 
     @property
     def is_scaled(self) -> bool:
-        """Returns whether the gradients may be scaled, so that a scaler handles overflows."""
+        """Returns whether a scaler may handle overflows."""
         return self.prescaled or self.scale is not unscaled
 
     @property
@@ -84,7 +96,7 @@ class Evaluation:
         return self.forwards != "joint" and not isinstance(self.losses.losses, Mapping)
 
     def clear_grads(self) -> None:
-        """Sets `.grad` to None, without the profiler scope of `zero_grad`, which is slow."""
+        """Sets `.grad` to None, without `zero_grad`'s profiler scope, which is slow."""
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -154,6 +166,8 @@ class Evaluation:
                 total = self.ranks.sum(total, self.parameters)
             gradients[task] = total
             at_outputs[task] = there
+        if self.losses.check_finite == "skip":
+            self._drop_lost(gradients, at_outputs, sums.values)
         return Rows(gradients, self.parameters, sums.values, self.is_scaled), at_outputs
 
     @torch.enable_grad()
@@ -165,9 +179,8 @@ class Evaluation:
     ) -> Values:
         """Adds the weighted sum's gradient, and shows each task's gradient at some tensors.
 
-        With one batch each task takes a pass down to these tensors alone, before the one backward
-        pass of the sum. Otherwise each task takes a whole one: the weights depend on all
-        micro-batches, whose graphs are used up by then.
+        With one batch each task takes a pass down to these tensors alone, before the backward pass
+        of the sum. Otherwise it takes a whole one: the weights depend on all micro-batches.
 
         Args:
             at: Parameters, or modules whose outputs are meant.
@@ -183,8 +196,8 @@ class Evaluation:
         recording: Any = nullcontext([]) if modules is None else modules.recording()
         with recording as calls:
             terms, means = self.ask(self.names, self.batches[0], self.ranks)
-        if terms and modules is not None:
-            modules.check(calls)
+        if modules is not None:
+            modules.check(calls, self.ranks, bool(terms))
         outputs = [output for call in calls for output in call.outputs]
         tensors = outputs if isinstance(at, Features) else list(at)
         # Rows at features are of this process's samples, those at parameters are summed here.
@@ -203,6 +216,8 @@ class Evaluation:
                 rows[task] = [g if g is None else g.clone() for g in gradient]
             if modules is None:
                 rows[task] = self.ranks.sum(rows[task], tensors)
+        if self.losses.check_finite == "skip" and not isinstance(at, Features):
+            self._drop_lost(rows, losses, values)
         found = weigh(Rows(rows, tensors, values, self.is_scaled, ranks=ranks))
         self._add_pass([weighted(loss, found[task]) for task, loss in losses.items()])
         return values
@@ -216,10 +231,10 @@ class Evaluation:
     ) -> Values:
         """Adds a gradient that is combined at features, and takes one pass through the trunk.
 
-        T passes lead from the losses to the features; in them the parameters behind the features
-        get their plain gradient. The pass through the trunk is linear, so the trunk's gradient is
-        the sum of the tasks' with the coefficients chosen at the features. Micro-batches are
-        combined one by one: to combine them together would keep all their graphs.
+        T passes lead from the losses to the features, and give the parameters behind them their
+        plain gradient. The pass through the trunk is linear, so the trunk's gradient is the sum of
+        the tasks' with the coefficients chosen at the features. Micro-batches are combined one by
+        one: to combine them together would keep all their graphs.
 
         Args:
             features: Where to cut the graph.
@@ -236,31 +251,30 @@ class Evaluation:
         for position, batch in enumerate(self.batches):
             with features.cutting() as cuts:
                 terms, means = self.ask(self.names, batch, self.ranks)
-            if terms:  # A batch without labels need not call the trunk.
-                features.check(cuts)
+            features.check(cuts, self.ranks, bool(terms))
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
             check_counts(seen, position == count - 1, count)
-            for name, term in terms.items():
-                terms[name] = weighted(term, (weights or {}).get(name, 1.0) / count)
+            terms = {n: weighted(t, (weights or {}).get(n, 1.0) / count) for n, t in terms.items()}
             losses = self.join(terms, [names_of(task) for task in self.tasks])
             at = [leaf for cut in cuts for leaf in cut.leaves]
             outputs = [output for cut in cuts for output in cut.outputs]
             # Heads and trunk can share a part of the graph, such as a stem's skip connection.
-            keep = share_a_graph(losses.values(), outputs)
+            keep = share_a_graph(losses.values(), outputs, [*self.parameters, *at])
             compiled = has_compiled() and is_compiled(*losses.values(), *outputs)
             passes = differentiate(list(losses.values()), at, retain_graph=keep)
             found = dict(zip(losses, passes, strict=True))
-            if at and losses and all(g is None for row in found.values() for g in row):
-                self.report.mistakes.append(Mistake("uncut"))
+            if at and losses:
+                # By how many tasks each tensor is used.
+                used = max(map(len, tasks_by_parameter(list(found.values()))))
+                if used < min(len(losses), 2):
+                    self.report.mistakes.append(Mistake("unshared" if used else "uncut"))
             values = {name: mean.value for name, mean in means.items()}
             # Present on some rank, so present here: without a loss its row is zero.
-            nothing: Gradients = [None] * len(at)
-            rows = {
-                t: found.get(names_of(t), [*nothing]) for t in present_tasks(self.tasks, values)
-            }
-            rows_at = Rows(rows, at, values, self.is_scaled, False, self.ranks)
-            backward_from(cuts, combine(rows_at))
+            present = present_tasks(self.tasks, values)
+            rows = {task: found.get(names_of(task), [None] * len(at)) for task in present}
+            combined = combine(Rows(rows, at, values, self.is_scaled, False, self.ranks))
+            backward_from(cuts, combined)
             if compiled:
                 drop_zeros(self.parameters)
         if seen and self.ranks.reduces:
@@ -269,30 +283,30 @@ class Evaluation:
             set_grads(self.parameters, self.ranks.sum(own, self.parameters))
         return {name: mean.value for name, mean in SINGLE_PROCESS.agree(seen).items()}
 
-    def averages(self) -> Values:
-        """Asks for all losses and returns their averages, without gradients."""
-        seen: dict[str, list[Loss]] = {name: [] for name in self.names}
-        for batch in self.batches:
-            for asked in [(name,) for name in self.names] if self.is_separate else [self.names]:
-                _, means = self.ask(asked, batch, self.ranks.per_micro_batch)
-                for name, mean in means.items():
-                    seen[name].append(mean)
-        return {name: mean.value for name, mean in self.ranks.per_step.agree(seen).items()}
-
     # Asking.
 
     def ask(
-        self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks
+        self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks, final: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Loss]]:
-        """Asks for losses on one batch.
+        """Asks for losses on one batch; their averages are `final` if no other batch adds to them.
 
         Returns:
-            What to differentiate here, each loss times this process's share of the samples; and
-            the averages of the present losses over all processes, without a graph.
+            The terms to differentiate here, each loss times this process's share of the samples;
+            and the averages of the present losses over all processes, without a graph.
         """
-        present = self.losses(names, batch)
+        if self.forwards == "per-task" or len(self.batches) > 1:
+            # `losses` may clear the gradients, to which an earlier call has contributed.
+            earlier = pop_grads(self.parameters)
+            try:
+                present = self.losses(names, batch)
+            finally:
+                add_to_grads(self.parameters, earlier)
+        else:
+            present = self.losses(names, batch)
         # Absent tasks are reported too: another process may have samples of them.
         means = ranks.agree({name: [present[name]] if name in present else [] for name in names})
+        if final and self.losses.check_finite == "skip":
+            means = self.report.finite(means)
         terms = {}
         for name, loss in present.items():
             if name in means:
@@ -302,13 +316,12 @@ class Evaluation:
         return terms, means
 
     def ask_recording(
-        self, names: Sequence[str], batch: tuple[object, ...], at: Features
+        self, names: Sequence[str], batch: tuple[object, ...], at: Features, final: bool
     ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
         """Asks on one of several micro-batches, and returns the modules' outputs too."""
         with at.recording() as calls:
-            terms, means = self.ask(names, batch, self.ranks.per_micro_batch)
-        if terms:
-            at.check(calls)
+            terms, means = self.ask(names, batch, self.ranks.per_micro_batch, final)
+        at.check(calls, self.ranks, bool(terms))
         outputs = [output for call in calls for output in call.outputs]
         for output in outputs:
             output.retain_grad()  # A pass leaves a gradient here, as with the parameters.
@@ -319,18 +332,27 @@ class Evaluation:
         own = {part: [terms[name] for name in part if name in terms] for part in parts}
         return {part: self.scale(sum_tensors(found)) for part, found in own.items() if found}
 
+    def _drop_lost(
+        self, rows: dict[Task, Gradients], others: dict[Task, Any], values: Values
+    ) -> None:
+        """Leaves out tasks whose gradient is not finite; under a scaler it may have overflowed."""
+        for task in [] if self.is_scaled else self.report.lost(rows):
+            del rows[task]
+            others.pop(task, None)
+            for name in names_of(task):
+                values.pop(name, None)
+
     # Passes.
 
     def _add_pass(self, terms: Sequence[Tensor]) -> None:
         """Adds the gradient of a sum to `.grad` by one backward pass."""
         losses = [self.scale(sum_tensors(terms))] if terms else []
         if not self.ranks.reduces:
-            # Straight into `.grad`, as in a plain loop: no second gradient is held meanwhile.
-            for loss in losses:
+            for loss in losses:  # Straight into `.grad`, as in a plain loop.
                 backward(loss, self.parameters, self.retain_graph)
             return
-        # Only this gradient is summed over the ranks: an earlier one in `.grad` has been already.
-        # A rank without a loss takes part, since another may have one.
+        # Only this gradient is summed over the ranks, an earlier one in `.grad` has been. A rank
+        # without a loss takes part, since another may have one.
         own: Gradients = [None] * len(self.parameters)
         for found in differentiate(losses, self.parameters, retain_graph=self.retain_graph):
             own = found
@@ -345,7 +367,7 @@ class Evaluation:
         known: Any = None if callable(weights) else weights
         sums = accumulate(self, [(name,) for name in names], weights=known)
         rule = weights(sums.values) if callable(weights) else {}
-        factors = _to_floats({name: rule.get(name, 1.0) for name in sums.values})
+        factors = to_floats({name: rule.get(name, 1.0) for name in sums.values})
         total: Gradients = [None] * len(self.parameters)
         for name, correction in sums.corrections.items():
             if (found := sums.gradients.pop((name,), None)) is not None:
@@ -366,28 +388,11 @@ class Evaluation:
             rows = replace(whole, gradients=at_outputs, tensors=[], ranks=self.ranks)
         else:
             position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-            parts: dict[Task, Gradients] = {}
-            for task, gradient in whole.gradients.items():
-                own = [gradient[position[id(tensor)]] for tensor in at]
-                parts[task] = [g if g is None else g.clone() for g in own]
-            rows = replace(whole, gradients=parts, tensors=at)
+            places = [position[id(tensor)] for tensor in at]
+            parts = {t: [g[i] for i in places] for t, g in whole.gradients.items()}
+            copies = {t: [g if g is None else g.clone() for g in own] for t, own in parts.items()}
+            rows = replace(whole, gradients=copies, tensors=at)
         found = weigh(rows)
-        for task, factor in _to_floats({t: found[t] for t in whole.gradients}).items():
+        for task, factor in to_floats({t: found[t] for t in whole.gradients}).items():
             add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
         return whole.values
-
-
-def refuse_shards(parameters: Sequence[Tensor]) -> None:
-    """Refuses to work at features of a model under FSDP2."""
-    if is_sharded(parameters):
-        raise ValueError(
-            "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
-            "needs whole backward passes."
-        )
-
-
-def _to_floats(weights: Mapping[Any, float | Tensor]) -> dict[Any, float]:
-    """Copies weights to the host, all at once."""
-    tensors = [weight for weight in weights.values() if isinstance(weight, Tensor)]
-    numbers = iter(to_numbers(tensors) if tensors else ())
-    return {k: next(numbers) if isinstance(w, Tensor) else w for k, w in weights.items()}

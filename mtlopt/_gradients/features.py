@@ -3,15 +3,29 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.nn.modules import module as global_hooks
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
-from mtlopt._gradients.arithmetic import Gradients, add
-from mtlopt._gradients.autograd import explain
-from mtlopt._gradients.losses import Loss
+from mtlopt._gradients.arithmetic import Gradients, add, is_sharded
+from mtlopt._gradients.autograd import explain, nodes_of
+from mtlopt._gradients.losses import Loss, Ranks
+
+OPAQUE = (nn.Module, type, FunctionType, MethodType, ModuleType)
+"""Objects in an output that are not searched for tensors."""
+DEPTH = 3
+"""How deep objects in an output are searched for tensors."""
+BEFORE = (
+    "`losses` must not differentiate with respect to what lies before `features`, where the graph "
+    "is cut: "
+)
 
 
 class Call(NamedTuple):
@@ -37,6 +51,7 @@ class Features:
                 f"{[type(module).__name__ for module in given]}."
             )
         self.modules = given
+        self._compared = False
 
     @contextmanager
     def recording(self) -> Iterator[list[Call]]:
@@ -51,6 +66,8 @@ class Features:
             with self._hooked(_cut) as calls:
                 yield calls
         except RuntimeError as error:
+            if "to not have been used in the graph" in str(error):
+                raise RuntimeError(f"{BEFORE}remove `features`.") from error
             if "leaf Variable" in str(error):
                 raise RuntimeError(
                     "A head changes the output of `features` in place, which the trunk's backward "
@@ -64,11 +81,13 @@ class Features:
         thread = threading.get_ident()
 
         def own_thread(*arguments: Any) -> Any:
-            return hook(calls, *arguments) if threading.get_ident() == thread else None
+            own = threading.get_ident() == thread
+            return hook(calls, handles, *arguments) if own else None
 
         # The first of the module's hooks: one that stores the output must store the new leaf.
         handles = [
-            module.register_forward_hook(own_thread, prepend=True) for module in self.modules
+            module.register_forward_hook(own_thread, prepend=True, with_kwargs=True)
+            for module in self.modules
         ]
         try:
             yield calls
@@ -76,8 +95,31 @@ class Features:
             for handle in handles:
                 handle.remove()
 
-    def check(self, calls: Sequence[Call]) -> None:
-        """Refuses trainable modules that were not called, or had no output with a gradient."""
+    def check(self, calls: Sequence[Call], ranks: Ranks, needed: bool) -> None:
+        """Refuses trainable modules that were not called, or had no output with a gradient.
+
+        Once it also refuses outputs that are the same on all ranks, whose gradients would have to
+        be summed before they are multiplied.
+
+        Args:
+            calls: What was recorded.
+            ranks: The processes, all of which call this.
+            needed: Whether this process has losses; without labels it need not call the modules.
+        """
+        outputs = [z for call in calls for z in call.outputs]
+        if ranks.reduces and not self._compared:
+            copies = ranks.find_copies(outputs)
+            self._compared = copies is not None
+            if copies and any(copies):
+                position = copies.index(True)
+                shapes = [tuple(z.shape) for z in outputs[position : position + 1]]
+                raise ValueError(
+                    "`features` must have a sample dimension where there is a `process_group`, got "
+                    f"output {position} {shapes} with the same numbers on all ranks: choose "
+                    "modules without it, remove `features`, or give each rank its own samples."
+                )
+        if not needed:
+            return
         missed = [
             module
             for module in self.modules
@@ -112,6 +154,15 @@ def backward_from(cuts: Sequence[Call], gradients: Gradients) -> None:
                 raise
 
 
+def refuse_shards(parameters: Sequence[Tensor]) -> None:
+    """Refuses to work at features of a model under FSDP2."""
+    if is_sharded(parameters):
+        raise ValueError(
+            "`features` must be None where the parameters are sharded (FSDP2), whose wrapper "
+            "needs whole backward passes."
+        )
+
+
 def check_counts(seen: Mapping[str, Sequence[Loss]], whole: bool, batches: int) -> None:
     """Refuses micro-batches of unequal counts, whose combined gradients cannot be averaged."""
     for name, losses in seen.items():
@@ -124,13 +175,50 @@ def check_counts(seen: Mapping[str, Sequence[Loss]], whole: bool, batches: int) 
             )
 
 
-def _record(calls: list[Call], module: nn.Module, arguments: Any, output: Any) -> None:
-    found = {id(z): z for z in tree_leaves(output) if isinstance(z, Tensor) and z.requires_grad}
+def share_a_graph(
+    losses: Iterable[Tensor], outputs: Iterable[Tensor], known: Iterable[Tensor]
+) -> bool:
+    """Returns whether the losses use what lies before the outputs, by a path past the cuts.
+
+    Refuses leaves there that are not known and no parameters: losses can differentiate by them.
+    """
+    own = set(map(id, known))
+    before = set(nodes_of(outputs))
+    for node in before:
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+            raise ValueError(
+                f"{BEFORE}got a tensor of shape {tuple(leaf.shape)} there that requires a gradient "
+                "and is no parameter, such as coordinates: remove `features`, or detach it."
+            )
+    return any(node in before and not hasattr(node, "variable") for node in nodes_of(losses))
+
+
+def _record(calls: list[Call], handles: Any, module: nn.Module, *arguments: Any) -> None:
+    found = {id(z): z for z in tensors_in(arguments[-1]) if z.requires_grad}
     calls.append(Call(module, list(found.values()), []))
 
 
-def _cut(calls: list[Call], module: nn.Module, arguments: Any, output: Any) -> Any:
+def _cut(
+    calls: list[Call],
+    handles: list[RemovableHandle],
+    module: nn.Module,
+    arguments: Any,
+    keywords: Any,
+    output: Any,
+) -> Any:
     """Returns the output with its tensors replaced by leaves."""
+    if (
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    ):
+        raise ValueError(
+            f"`features` must have no backward hooks, which would see each task's gradient and not "
+            f"the combined one, got some on {type(module).__name__}: register them on the modules "
+            "inside it."
+        )
     leaves: dict[int, tuple[Tensor, Tensor]] = {}
 
     def replace(tensor: Tensor) -> Tensor:
@@ -140,7 +228,55 @@ def _cut(calls: list[Call], module: nn.Module, arguments: Any, output: Any) -> A
         leaf = tensor.detach().requires_grad_()
         return leaves.setdefault(id(tensor), (tensor, leaf))[1]
 
-    changed = tree_map_only(Tensor, replace, output)
+    def refuse(gradient: Tensor) -> None:
+        raise ValueError(f"{BEFORE}remove `features`.")
+
+    changed = tree_map(partial(_replaced, replace, DEPTH), output)
     outputs = [tensor for tensor, _ in leaves.values()]
     calls.append(Call(module, outputs, [leaf for _, leaf in leaves.values()]))
+    # While `losses` runs, nothing has a reason to send a gradient to the module's arguments.
+    for given in tree_leaves((arguments, keywords)):
+        if isinstance(given, Tensor) and given.requires_grad and not given.is_leaf:
+            handles.append(given.register_hook(refuse))
     return changed
+
+
+def tensors_in(value: Any, depth: int = DEPTH) -> Iterator[Tensor]:
+    """Yields the tensors in nested containers, also in objects that torch does not know as such."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth:
+            yield from tensors_in([part for _, part in _parts(leaf)], depth - 1)
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    """Lists the names, keys or indices of what an object holds."""
+    if isinstance(value, OPAQUE):
+        return []
+    if isinstance(value, dict):  # A subclass, as below, is a leaf for torch.
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    slots = {n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ())}
+    named = {n: getattr(value, n) for n in slots - {"__dict__"} if hasattr(value, n)}
+    return list((named | getattr(value, "__dict__", {})).items())
+
+
+def _replaced(replace: Callable[[Tensor], Tensor], depth: int, leaf: Any) -> Any:
+    """Returns a leaf of a nested container, a copy if it holds tensors that are replaced."""
+    if isinstance(leaf, Tensor):
+        return replace(leaf)
+    if not any(tensor.requires_grad for tensor in tensors_in(leaf, depth)):
+        return leaf
+    inner = partial(_replaced, replace, depth - 1)
+    parts = {name: tree_map(inner, part) for name, part in _parts(leaf)}
+    if isinstance(leaf, tuple):
+        return tuple.__new__(type(leaf), parts.values())
+    duplicate = copy(leaf)
+    for name, part in parts.items():
+        if isinstance(leaf, (dict, list)):
+            duplicate[name] = part
+        else:
+            object.__setattr__(duplicate, name, part)  # It may be frozen.
+    return duplicate

@@ -57,6 +57,12 @@ def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
     return checked
 
 
+def check_option(check_finite: object) -> None:
+    """Refuses other values of the option `check_finite` than it has."""
+    if check_finite not in (False, True, "skip"):
+        raise ValueError(f"`check_finite` must be False, True or 'skip', got {check_finite!r}.")
+
+
 def check_parameters(argument: str, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Returns the parameters as a list, or raises an error that says what was given instead."""
     given: object = parameters
@@ -253,11 +259,14 @@ class Ranks:
         for name, losses in seen.items():
             present = [loss for loss in losses if loss.samples]
             if len(present) == 1:
-                means[name] = Loss(present[0].value.detach(), present[0].samples)
+                value, samples = present[0]
+                # A loss that is a parameter, or a part of one, moves with it.
+                shares = value.is_leaf or value._is_view()
+                means[name] = Loss(value.detach().clone() if shares else value.detach(), samples)
             elif present:
                 total = sum(loss.samples for loss in present)
-                shares = [loss.value.detach() * (loss.samples / total) for loss in present]
-                means[name] = Loss(sum_tensors(shares), total)
+                parts = [loss.value.detach() * (loss.samples / total) for loss in present]
+                means[name] = Loss(sum_tensors(parts), total)
         return means
 
     def share(self, own: int, total: int) -> float | None:
@@ -271,6 +280,10 @@ class Ranks:
     def total(self, values: Tensor) -> Tensor:
         """Sums a small tensor over the processes and returns it on the CPU."""
         return values
+
+    def find_copies(self, tensors: Sequence[Tensor]) -> list[bool] | None:
+        """Tells which tensors hold the same numbers on all processes, None where it is unknown."""
+        return None
 
     def check_batches(self, count: int) -> None:
         """Checks that all processes have the same number of micro-batches."""

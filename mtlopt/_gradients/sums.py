@@ -27,7 +27,7 @@ class Sums(NamedTuple):
     values: Values
     """The averaged losses of the present tasks."""
     corrections: dict[str, float]
-    """What turns each name's sum into its average."""
+    """The factors that turn each name's sum into its average."""
 
 
 def accumulate(
@@ -45,22 +45,24 @@ def accumulate(
     and large counts do not overflow a float16 gradient.
 
     Args:
-        evaluation: What to differentiate.
+        evaluation: The losses to differentiate, and how.
         parts: Names whose losses are differentiated together.
         at: Modules at whose outputs gradients are wanted too.
-        weights: What each name's loss is multiplied by, 1 if left out.
+        weights: Loss weights by name, 1 if left out.
     """
     seen: dict[str, list[Loss]] = {name: [] for part in parts for name in part}
     sums = Sums({}, {}, {}, {})
     count, size = len(evaluation.batches), len(evaluation.parameters)
+    final = count == 1 and not evaluation.ranks.reduces
     first_terms: list[Tensor] = []
     for batch in evaluation.batches:
         for asked in parts if evaluation.is_separate else [tuple(seen)]:
             outputs: list[Tensor] = []
             if at is None:
-                terms, means = evaluation.ask(asked, batch, evaluation.ranks.per_micro_batch)
+                ranks = evaluation.ranks.per_micro_batch
+                terms, means = evaluation.ask(asked, batch, ranks, final)
             else:
-                terms, means, outputs = evaluation.ask_recording(asked, batch, at)
+                terms, means, outputs = evaluation.ask_recording(asked, batch, at, final)
             first_terms += terms.values() if batch is evaluation.batches[0] else ()
             for name, mean in means.items():
                 seen[name].append(mean)
@@ -78,12 +80,26 @@ def accumulate(
                 known = sums.gradients.get(part)
                 sums.gradients[part] = gradient if known is None else add(known, gradient)
     _report(evaluation, sums, seen, first_terms)
-    for name, mean in evaluation.ranks.per_step.agree(seen).items():
+    agreed = evaluation.ranks.per_step.agree(seen)
+    skips = evaluation.losses.check_finite == "skip"
+    for name, mean in (evaluation.report.finite(agreed) if skips else agreed).items():
         sums.values[name] = mean.value
         # A rank without samples of the task has no sum to correct.
         first = seen[name][0].samples if seen[name] else 0
         sums.corrections[name] = first * count / mean.samples if first else 1.0
     return sums
+
+
+def average_losses(evaluation: "Evaluation") -> Values:
+    """Asks for all losses and returns their averages, without gradients."""
+    seen: dict[str, list[Loss]] = {name: [] for name in evaluation.names}
+    ranks = evaluation.ranks
+    for batch in evaluation.batches:
+        for asked in [(name,) for name in seen] if evaluation.is_separate else [tuple(seen)]:
+            _, means = evaluation.ask(asked, batch, ranks.per_micro_batch, final=False)
+            for name, mean in means.items():
+                seen[name].append(mean)
+    return {name: mean.value for name, mean in ranks.per_step.agree(seen).items()}
 
 
 def _report(

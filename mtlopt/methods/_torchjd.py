@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-PLAIN = (Tensor, bool, int, float, str, tuple, torch.dtype, type(None))
+PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))
 KIND = "torch.optim"
 """Key that marks the saved state of a module's optimizer."""
 
@@ -21,34 +21,47 @@ def stateful(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, Stateful)]
 
 
-def state_of(part: nn.Module) -> dict[str, Any]:
-    """Returns the attributes of a part as plain containers, empty if one cannot be saved.
+def states_of(module: nn.Module) -> list[dict[str, Any]]:
+    """Returns, for each part, what it remembers, as far as that is plain containers and tensors.
 
     TorchJD's own `state_dict` lacks the key by which an aggregator recognises its buffers.
     """
-    saved = {name: _saved(part, value) for name, value in _attributes(part).items()}
-    return saved if all(_is_plain(value) for value in saved.values()) else {}
+    parts, states = stateful(module), []
+    for part in module.modules():
+        names = part._buffers.keys() - part._non_persistent_buffers_set
+        found = _attributes(part) if part in parts else {n: part._buffers[n] for n in names}
+        saved = {name: _saved(part, value) for name, value in found.items()}
+        # The numbers beside a solver make no sense without it.
+        solver = any(type(value).__module__.startswith("cvxpy") for value in saved.values())
+        states.append({n: v for n, v in saved.items() if _is_plain(v) and not solver})
+    return states
 
 
-def restore(parts: Sequence[nn.Module], states: Sequence[dict[str, Any]]) -> None:
-    """Gives the parts the states that :func:`state_of` returned."""
-    for part, attributes in zip(parts, states, strict=False):
+def restore(
+    module: nn.Module, states: Sequence[dict[str, Any]], device: torch.device | None = None
+) -> None:
+    """Gives the parts the states that :func:`states_of` returned, moved to their inputs' device."""
+    for part, attributes in zip(module.modules(), states, strict=False):
         for name, value in attributes.items():
             owner = part._buffers if name in part._buffers else vars(part)
-            owner[name] = _restored(part, value)
+            owner[name] = _restored(part, value, device)
 
 
 def needs_all_tasks(module: nn.Module, count: int) -> str:
     """Returns why a module needs every task at every step, or an empty string."""
     if stateful(module):
         return "a state with a row for each task"
-    vectors = [
+    return f"a vector of length {count}" if vectors(module, count) else ""
+
+
+def vectors(module: nn.Module, count: int) -> list[Tensor]:
+    """Lists the vectors with an entry for each task."""
+    return [
         value
         for part in module.modules()
         for value in (*_attributes(part).values(), *part._parameters.values())
         if isinstance(value, Tensor) and value.shape == (count,)
     ]
-    return f"a vector of length {count}" if vectors else ""
 
 
 @contextmanager
@@ -57,7 +70,7 @@ def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
     if generator is None:
         yield
         return
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -69,9 +82,9 @@ def _attributes(part: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(item, PLAIN) for item in value)
-    return isinstance(value, PLAIN) or (isinstance(value, dict) and KIND in value)
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, PLAIN)
 
 
 def _saved(part: nn.Module, value: Any) -> Any:
@@ -85,10 +98,21 @@ def _saved(part: nn.Module, value: Any) -> Any:
     return {KIND: type(value).__name__, **value.state_dict()} if held == [own] else value
 
 
-def _restored(part: nn.Module, value: Any) -> Any:
+def _restored(part: nn.Module, value: Any, device: torch.device | None) -> Any:
     if not (isinstance(value, dict) and KIND in value):
-        return deepcopy(value)
+        return _moved(deepcopy(value), device)
     state = deepcopy(value)
     optimizer: Optimizer = getattr(torch.optim, state.pop(KIND))(part.parameters(recurse=False))
     optimizer.load_state_dict(state)
     return optimizer
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    """Moves tensors, and names of devices: some rules recognise their state by its device."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if device is None or not isinstance(value, (Tensor, torch.device)):
+        return value
+    return value.to(device) if isinstance(value, Tensor) else device

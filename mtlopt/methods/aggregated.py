@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._gradients.arithmetic import Gradients, Rows, tasks_by_parameter
 from mtlopt._gradients.evaluation import Forwards
 from mtlopt._gradients.losses import CheckFinite, Task
-from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
+from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, states_of, vectors
 
 
 class Aggregated(CombiningOptimizer):
@@ -22,24 +22,25 @@ class Aggregated(CombiningOptimizer):
 
     .. math:: w \leftarrow w - \eta \, \mathcal{A}(J), \quad J = (g_1, \dots, g_T)^\top
 
-    The rows of J run over the shared parameters, those that at least two of the present tasks
-    reach; the others get their plain gradient. An aggregator that works from the Gramian
-    :math:`J J^\top` gets that alone, and no matrix J is built. The rows of absent tasks are
-    dropped, which an aggregator with a state or with a vector of length T cannot take.
+    The rows of J cover the shared parameters, on which the losses of at least two present tasks
+    depend; the others get their plain gradient. For an aggregator that needs only the Gramian
+    :math:`J J^\top`, no matrix J is built. Rows of absent tasks are left out, which an aggregator
+    with a state or with a vector of length T does not allow.
 
-    The state of an aggregator is saved in the state dict, but for NashMTL, whose state is that of
-    a solver: it starts afresh on a resumed run.
+    The state of an aggregator is saved in the state dict, except for NashMTL's, which belongs to a
+    solver and starts from scratch in a resumed run.
 
     Args:
         optimizer: Optimizer that applies the combined gradient; it owns the parameters.
         tasks: Names of the tasks; a tuple of names is a group, one objective with one row.
         aggregator: A ``torchjd.aggregation.Aggregator`` (TorchJD 0.18 or later).
-        forwards: "joint" asks for all tasks' losses at once, "per-task" for one after the other.
+        forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
+            as absent; both cost a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
         features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
-            combined there, and one backward pass takes the result through the trunk.
+            combined there, and one backward pass carries the result through the trunk.
 
     Raises:
         ImportError: If TorchJD is not installed.
@@ -92,7 +93,7 @@ class Aggregated(CombiningOptimizer):
             else None
         )
         # Draws for aggregators that are random, alike on every rank.
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self._seen: dict[str, Tensor] = {}
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ class Aggregated(CombiningOptimizer):
 
         Empty before the first step, and for an aggregator that does not weigh by the Gramian.
         """
-        return dict(self._seen)
+        return self._seen | self._skipped()
 
     def _combine(self, rows: Rows) -> Gradients:
         present = [k for k, task in enumerate(self.tasks) if task in rows.gradients]
@@ -109,8 +110,8 @@ class Aggregated(CombiningOptimizer):
         if len(present) < len(self.tasks):
             self._check_rows(present)
         drawing = drawing_from(self._common_generator)
-        # A caller's autocast is not for the aggregation.
-        with drawing, torch.autocast(self._device.type, enabled=False):
+        # A caller's autocast, or default device, is not for the aggregation.
+        with drawing, torch.autocast(self._device.type, enabled=False), self._input_device:
             if self._weighting is None:
                 return self._by_matrix(rows)
             return self._by_gramian(rows, present)
@@ -122,9 +123,12 @@ class Aggregated(CombiningOptimizer):
             products = rows.gram()
             # NaN takes an overflow to the scaler, where the aggregator might raise.
             lost = rows.is_scaled and not products.isfinite().all()
+            products = self._as_preferences(products)
             weights = [float("nan")] * len(present) if lost else self._weighting(products).tolist()
-        coefficients = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
-        coefficients[present] = torch.tensor(weights, dtype=torch.float64)
+        coefficients = torch.full(
+            (len(self.tasks),), float("nan"), dtype=torch.float64, device="cpu"
+        )
+        coefficients[present] = coefficients.new_tensor(weights)
         self._seen["coefficients"] = coefficients
         return rows.combine(weights)
 
@@ -146,10 +150,16 @@ class Aggregated(CombiningOptimizer):
             sizes = [tensors[i].numel() for i in shared]
             matrix = _stack(gradients, shared, tensors)
             lost = rows.is_scaled and not matrix.isfinite().all()
+            matrix = self._as_preferences(matrix)
             vector = matrix[0] * float("nan") if lost else self.aggregator(matrix)
             for i, part in zip(shared, vector.split(sizes), strict=True):
                 combined[i] = part.view(tensors[i].shape).to(tensors[i].dtype)
         return combined
+
+    def _as_preferences(self, matrix: Tensor) -> Tensor:
+        """Converts what a rule multiplies with a vector of its own to that vector's kind."""
+        own = vectors(self.aggregator, len(self.tasks))
+        return matrix.to(own[0]) if own else matrix
 
     def _check_rows(self, present: list[int]) -> None:
         reason = needs_all_tasks(self.aggregator, len(self.tasks))
@@ -161,10 +171,15 @@ class Aggregated(CombiningOptimizer):
             )
 
     def _own_state(self) -> dict[str, Any]:
-        return {"aggregator": [state_of(module) for module in stateful(self.aggregator)]}
+        return {"aggregator": states_of(self.aggregator)}
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
-        restore(stateful(self.aggregator), saved.get("aggregator", []))
+        restore(self.aggregator, saved.get("aggregator", []), self._input_device)
+
+    @property
+    def _input_device(self) -> torch.device:
+        """Returns where the aggregator's inputs are: Gramians are on the CPU."""
+        return self._device if self._weighting is None else torch.device("cpu")
 
 
 def _stack(rows: list[Gradients], shared: list[int], parameters: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._core.sequential import Order, Record, SequentialOptimizer
 from mtlopt._core.single import Single
 from mtlopt._gradients.losses import CheckFinite, Task
@@ -25,7 +25,7 @@ class AlternatingOptimizer(SequentialOptimizer):
     Args:
         optimizer: Optimizer that takes every task's step; it owns the parameters.
         tasks: Names of the tasks; a tuple of names is a group, one objective with one step.
-        order: "fixed" keeps the order of `tasks`, "shuffled" draws it anew each step from
+        order: "fixed" keeps the order of `tasks`, "shuffled" draws it at every step from
             ``self.generator`` (seed 0; saved in the state dict).
         per_step: How many of the T tasks a step visits, so that it costs as many passes: all of
             them if None. They come from a shuffled cycle, each equally often; one that is absent
@@ -33,7 +33,8 @@ class AlternatingOptimizer(SequentialOptimizer):
         record: "updates" has :meth:`diagnostics` say what each task's step moves; while a step
             lasts it costs T copies of the shared parameters.
         scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
+            as absent; both cost a synchronisation.
         process_group: Ranks that agree on the tasks' counts, with a model wrapped in DDP.
 
     Raises:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._gradients.arithmetic import Rows, norm, tasks_by_parameter, to_numbers
 from mtlopt._gradients.autograd import add_to_grads
-from mtlopt._gradients.evaluation import Evaluation, Forwards, refuse_shards
+from mtlopt._gradients.evaluation import Evaluation, Forwards
+from mtlopt._gradients.features import refuse_shards
 from mtlopt._gradients.losses import (
     CheckFinite,
     Task,

@@ -139,12 +139,13 @@ def conflicts(
         Report(),
         parameters_only=True,
     ).per_task()
-    present = torch.tensor([k for k, task in enumerate(checked) if task in rows.gradients]).long()
+    places = [k for k, task in enumerate(checked) if task in rows.gradients]
+    present = torch.tensor(places, dtype=torch.long, device="cpu")
     # The user chose the parameters, so all count, shared or not.
     products = gram(list(rows.gradients.values()), shared=False)
     # NaN for an absent task, so that rows keep their places.
-    norms = torch.full((len(checked),), float("nan"), dtype=torch.float64)
-    angles = torch.full((len(checked), len(checked)), float("nan"), dtype=torch.float64)
+    nan = torch.full((), float("nan"), dtype=torch.float64, device="cpu")
+    norms, angles = nan.repeat(len(checked)), nan.repeat(len(checked), len(checked))
     norms[present] = products.diagonal().sqrt()
     angles[present[:, None], present] = cosines(products)
     return ConflictReport(checked, norms, angles, conflict_fraction(products).item())

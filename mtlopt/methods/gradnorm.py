@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._gradients.arithmetic import Gradients, Rows, norm, to_numbers
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of
 
 SMALLEST_WEIGHT = 1e-3
+SINGLE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""What the weights are learned in, whatever torch's defaults are."""
 
 
 def weight_gradients(
@@ -55,8 +57,8 @@ class GradNorm(CombiningOptimizer):
     A task that trains more slowly than the others gets a larger gradient (:math:`\alpha > 0`).
     After the network's step the weights :math:`w_i` take one step of Adam on the loss
     :math:`\sum_i |w_i \lVert g_i \rVert - \bar G r_i^\alpha|`, with :math:`r_i` the relative
-    inverse training rate, are clamped at 1e-3 and rescaled to their sum T. That loss never reaches
-    the network. Losses must be positive.
+    inverse training rate, are clamped at 1e-3 and rescaled to their sum T. That loss does not
+    train the network. Losses must be positive.
 
     Args:
         optimizer: Optimizer that applies the weighted gradient; it owns the parameters.
@@ -69,7 +71,8 @@ class GradNorm(CombiningOptimizer):
             classes); a task left out takes its loss at its first step that was not skipped.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step, weights included.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
+            as absent; both cost a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
         features: Instead of `shared`, the module or modules whose outputs all tasks share: the
             norms are taken over those, and one backward pass leads through the trunk.
@@ -137,15 +140,16 @@ class GradNorm(CombiningOptimizer):
             ``weights`` (T,), the ones to be used next; ``norms`` (T,), :math:`G_i` of the weighted
             gradients over `shared`; ``rates`` (T,), :math:`r_i`, mean 1, larger if slower;
             ``skipped``, whether the weights stayed as they were because a norm or a loss was not
-            finite. All on the CPU.
+            finite (with ``check_finite="skip"`` (T,), the tasks left out). All on the CPU.
         """
-        nan = torch.tensor(float("nan"))
+        nan = torch.full((), float("nan"), **SINGLE)
         last = [self._weights.rates.get(task, (nan, nan)) for task in self.tasks]
         return {
             "weights": torch.stack(list(self._weights.by_task.values())),
             "norms": torch.stack([norm for norm, _ in last]),
             "rates": torch.stack([rate for _, rate in last]),
-            "skipped": torch.tensor(self._weights.skipped),
+            "skipped": torch.tensor(self._weights.skipped, device="cpu"),
+            **self._skipped(),
         }
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
@@ -155,6 +159,8 @@ class GradNorm(CombiningOptimizer):
         if self._features is not None:
             return evaluation.at_features(self._features, self._observe_features, weights)
         self._forget_cleared_gradients()
+        if evaluation.prescaled:
+            self._ledger.watch(self.shared[0])
         return evaluation.add_measured_sum(self.shared, self._observe_shared, weights)
 
     def _observe_shared(self, rows: Rows) -> Mapping[Task, float]:
@@ -195,7 +201,7 @@ class GradNorm(CombiningOptimizer):
 
     def _forget_cleared_gradients(self) -> None:
         """Forgets what was observed of gradients that were cleared without a step."""
-        if self._weights.observed and not self._ledger.holds_made(self.shared[0]):
+        if self._weights.observed and self._ledger.has_lost(self.shared[0]):
             self._weights.observed.clear()
 
     def _check_made(self) -> None:
@@ -221,7 +227,7 @@ class GradNorm(CombiningOptimizer):
 
 @dataclass
 class Observation:
-    """What a task's weight learns from: the norm of the weighted gradient, losses by name."""
+    """Holds what a task's weight learns from: its weighted gradient's norm, its losses."""
 
     norm: float = 0.0
     losses: dict[str, list[float]] = field(default_factory=dict)
@@ -249,21 +255,21 @@ class LossWeights:
         self.tasks, self.alpha, self.lr = tasks, alpha, lr
         self.names = names_of(*tasks)
         nan = float("nan")
-        self.first = torch.tensor([initial_losses.get(name, nan) for name in self.names])
+        self.first = torch.tensor([initial_losses.get(name, nan) for name in self.names], **SINGLE)
         # L(0) of a whole group, where it was given; otherwise each of its names has one.
         self.given = torch.tensor(
-            [initial_losses.get(t, nan) if isinstance(t, tuple) else nan for t in tasks]
+            [initial_losses.get(t, nan) if isinstance(t, tuple) else nan for t in tasks], **SINGLE
         )
         self.observed: dict[Task, Observation] = {}
         # Of the last update, for diagnostics only.
         self.rates: dict[Task, tuple[Tensor, Tensor]] = {}
         self.skipped = False
         # A tensor for each, so that Adam leaves an absent task's weight and moments alone.
-        self.by_task = {task: torch.ones(()) for task in tasks}
+        self.by_task = {task: torch.ones((), **SINGLE) for task in tasks}
         self._adam = torch.optim.Adam(self.by_task.values(), lr=lr)
         for weight in self.by_task.values():  # torch.distributed loads into existing states.
-            zeros = {name: torch.zeros(()) for name in ("exp_avg", "exp_avg_sq")}
-            self._adam.state[weight] = {"step": torch.zeros(()), **zeros}
+            names = ("step", "exp_avg", "exp_avg_sq")
+            self._adam.state[weight] = {name: torch.zeros((), **SINGLE) for name in names}
 
     def with_earlier(self, task: Task, gradient: Gradients) -> list[Tensor]:
         """Adds the gradient of earlier calls of `backward`, which is part of the same step."""
@@ -306,9 +312,10 @@ class LossWeights:
         if skipped:
             return
         # Not torch.tensor, which old versions cannot compile for numbers that were tensors.
-        norms = torch.stack([torch.full((), own.norm) for own in seen.values()])
+        norms = torch.stack([torch.full((), own.norm, **SINGLE) for own in seen.values()])
         losses = {task: own.mean_losses() for task, own in seen.items()}
-        sums = torch.stack([torch.full((), sum(own.values())) for own in losses.values()])
+        totals = [sum(own.values()) for own in losses.values()]
+        sums = torch.stack([torch.full((), total, **SINGLE) for total in totals])
         # Once a weight were NaN, every later step would be skipped as an overflow.
         self.skipped = not bool(norms.isfinite().all() and sums.isfinite().all())
         if self.skipped:

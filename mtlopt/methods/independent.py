@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._core.panel import Panel
 from mtlopt._core.replicas import make_replicas
 from mtlopt._core.sequential import Order, Record, Schedule, SequentialOptimizer
@@ -34,9 +34,9 @@ class IndependentOptimizer(SequentialOptimizer):
     options and state; the instance itself is not used afterwards. ``IndependentOptimizer(
     torch.optim.Adam, params, tasks, lr=1e-3)`` calls the class T times.
 
-    ``param_groups`` is the control panel: a scheduler on it, or a value set in it, reaches every
-    task before its next update. ``optimizer[task]`` is the task's own optimizer; a value set in
-    its ``param_groups`` stays with that task until :meth:`reset_overrides`.
+    ``param_groups`` is the control panel: a scheduler on it, or a value set in it, takes effect for
+    every task before its next update. ``optimizer[task]`` is the task's own optimizer; a value set
+    in its ``param_groups`` stays with that task until :meth:`reset_overrides`.
 
     Args:
         optimizer_class: An optimizer, or a class of optimizer, or a factory with the same call
@@ -45,7 +45,7 @@ class IndependentOptimizer(SequentialOptimizer):
         tasks: Names of the tasks; a tuple of names is a group, one objective with one state.
         schedule: "sequential" is eq. 3; "simultaneous" takes all gradients at the same weights,
             from one forward pass (holding T gradients), then applies the T steps in turn.
-        order: "fixed" keeps the order of `tasks`, "shuffled" draws it anew each step from
+        order: "fixed" keeps the order of `tasks`, "shuffled" draws it at every step from
             ``self.generator`` (seed 0; saved in the state dict).
         per_step: How many of the T tasks a step visits, so that it costs as many passes: all of
             them if None. They come from a shuffled cycle, each equally often; one that is absent
@@ -53,9 +53,10 @@ class IndependentOptimizer(SequentialOptimizer):
         record: "updates" has :meth:`diagnostics` say what each task's step moves; while a step
             lasts it costs T copies of the shared parameters.
         scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
-        process_group: Ranks that agree on the tasks' counts. "sequential" wants a model wrapped
-            in DDP, "simultaneous" one that is not.
+        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
+            as absent; both cost a synchronisation.
+        process_group: Ranks that agree on the tasks' counts. "sequential" expects a model
+            wrapped in DDP, "simultaneous" one that is not.
         **options: Passed on to `optimizer_class`.
 
     Raises:
@@ -165,7 +166,7 @@ class IndependentOptimizer(SequentialOptimizer):
             )
         broadcast_parameters(self._parameters, process_group)
 
-    # The tasks' optimizers. Not a `Mapping`, which frameworks take apart and build again.
+    # The tasks' optimizers. Not a `Mapping`: frameworks rebuild those from their items.
 
     def __getitem__(self, task: Task) -> Optimizer:
         """Returns the task's own optimizer."""
@@ -199,12 +200,12 @@ class IndependentOptimizer(SequentialOptimizer):
 
         Args:
             task: Name or group of names.
-            default: What to return instead.
+            default: Value to return instead.
         """
         return self._updater.optimizers.get(task, default)
 
     def pin(self, task: Task, *names: str) -> None:
-        """Keeps a task's hyper-parameters at their present values, whatever happens to the panel.
+        """Keeps a task's hyper-parameters at their present values, even if the panel changes.
 
         A value set on ``optimizer[task].param_groups`` is kept without this, unless it equals the
         panel's: then nothing shows that it was set.
@@ -241,7 +242,7 @@ def random_groups(
     Args:
         tasks: Names of the tasks.
         size: How many tasks a group has; the last group holds the rest.
-        generator: What to draw from; torch's default generator if None.
+        generator: Source of random numbers; torch's default generator if None.
 
     Returns:
         Groups of names, ready for the `tasks` of any method. The authors draw them once per run.
@@ -262,5 +263,7 @@ def random_groups(
         raise ValueError(
             f"`size` must be between 1 and {len(names)} (the number of tasks), got {size}."
         )
-    drawn = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+    device = "cpu" if generator is None else generator.device
+    order = torch.randperm(len(names), generator=generator, device=device).tolist()
+    drawn = [names[i] for i in order]
     return tuple(tuple(drawn[i : i + size]) for i in range(0, len(drawn), size))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of, sum_tensors, weighted
 
@@ -31,7 +31,8 @@ class JointOptimizer(CombiningOptimizer):
             name as ``self.weights``, may be changed between steps, and are not saved.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
+            as absent; both cost a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
 
     Raises:
@@ -81,8 +82,8 @@ class JointOptimizer(CombiningOptimizer):
         self._checked_weights()
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Returns nothing: the backward pass of a sum does not separate the tasks."""
-        return {}
+        """Returns ``skipped`` alone: the backward pass of a sum does not separate the tasks."""
+        return self._skipped()
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
         # Eq. 1, over the present tasks.

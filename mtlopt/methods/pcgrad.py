@@ -1,7 +1,8 @@
 """PCGrad: project conflicting gradients (Yu et al., 2020)."""
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._gradients.arithmetic import Gradients, Rows, conflict_fraction, cosines
 from mtlopt._gradients.evaluation import Forwards
 from mtlopt._gradients.losses import CheckFinite, Task
@@ -37,15 +38,16 @@ def project_conflicts(
         >>> project_conflicts([[1.0, -1.0], [-1.0, 4.0]], [[1], [0]])
         [2.0, 1.25]
     """
-    total = [0.0] * len(gram)
-    for i, order in enumerate(orders):
-        own = [float(i == j) for j in range(len(gram))]
-        for j in order:
-            inner = sum(c * k for c, k in zip(own, gram[j], strict=True))
-            # A zero gradient conflicts with none, even if rounding says so.
-            if inner < 0 < gram[j][j]:
-                own[j] -= inner / gram[j][j]
-        total = [t + c for t, c in zip(total, own, strict=True)]
+    products = torch.tensor(gram, dtype=torch.float64)
+    others = torch.tensor(orders, dtype=torch.long).view(len(gram), -1)
+    # A zero gradient conflicts with none, even if rounding says so.
+    squares = products.diagonal().clone().masked_fill_(products.diagonal() <= 0, math.inf)[others]
+    # Row i holds the coefficients of task i's gradient; all tasks take a projection at once.
+    own = torch.eye(len(gram), dtype=torch.float64)
+    for other, square in zip(others.unbind(1), squares.unbind(1), strict=True):
+        inner = (own * products.index_select(0, other)).sum(1)
+        own.scatter_(1, other[:, None], -(inner.clamp(max=0) / square)[:, None])
+    total: list[float] = own.sum(0).tolist()
     return total
 
 
@@ -67,7 +69,8 @@ class PCGrad(CombiningOptimizer):
         seed: Seed of the random orders; ``self.generator`` is saved in the state dict.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
+            as absent; both cost a synchronisation.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
         features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
             combined there, and one backward pass carries the result through the trunk.
@@ -108,7 +111,7 @@ class PCGrad(CombiningOptimizer):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
         self.reduction = reduction
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         # Of the last step: products, coefficients and positions of the present tasks.
         self._seen: list[tuple[Tensor, list[float], list[int]]] = []
 
@@ -122,28 +125,31 @@ class PCGrad(CombiningOptimizer):
             product. Empty before the first step.
         """
         if not self._seen:
-            return {}
+            return self._skipped()
         products, coefficients, present = self._seen[-1]
-        index, count = torch.tensor(present), len(self.tasks)
-        angles = torch.full((count, count), float("nan"), dtype=torch.float64)
+        index, count = torch.tensor(present, device="cpu"), len(self.tasks)
+        nan = torch.full((), float("nan"), dtype=torch.float64, device="cpu")
+        angles, weights = nan.repeat(count, count), nan.repeat(count)
         angles[index[:, None], index] = cosines(products)
-        weights = torch.full((count,), float("nan"), dtype=torch.float64)
-        weights[index] = torch.tensor(coefficients, dtype=torch.float64)
+        weights[index] = nan.new_tensor(coefficients)
         return {
             "cosines": angles,
             "coefficients": weights,
             "conflict_fraction": conflict_fraction(products),
+            **self._skipped(),
         }
 
     def _combine(self, rows: Rows) -> Gradients:
         # T draws at every step, so that later orders do not depend on absent tasks.
         tasks = self.tasks
-        drawn = [torch.randperm(len(tasks), generator=self.generator).tolist() for _ in tasks]
+        options: Any = {"generator": self.generator, "device": "cpu"}
+        drawn = [torch.randperm(len(tasks), **options).tolist() for _ in tasks]
         present = [k for k, task in enumerate(tasks) if task in rows.gradients]
         if not present:
             return rows.combine([])
         products = rows.gram()
-        orders = [[present.index(j) for j in drawn[i] if j in present and j != i] for i in present]
+        row = {k: i for i, k in enumerate(present)}
+        orders = [[row[j] for j in drawn[i] if j in row and j != i] for i in present]
         coefficients = project_conflicts(products.tolist(), orders)
         if not products.isfinite().all():  # A scaler must see it, also in finite gradients.
             coefficients = [float("nan")] * len(present)

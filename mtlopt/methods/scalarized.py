@@ -1,9 +1,9 @@
 """Scalarized: any scalarizer of TorchJD as one loss made of all tasks' losses."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
-from mtlopt._core.optimizer import Options
+from mtlopt._core.options import Options
 from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of, sum_by_task
-from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, state_of, stateful
+from mtlopt._gradients.sums import average_losses
+from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, states_of
 
 
 class Scalarized(CombiningOptimizer):
@@ -47,13 +48,15 @@ class Scalarized(CombiningOptimizer):
         tasks: Names of the tasks; a tuple of names is a group, one objective with one value.
         scalarizer: A ``torchjd.scalarization.Scalarizer`` (TorchJD 0.18 or later), which gets the
             (T,) losses in the order of `tasks`. The losses of absent tasks are left out, which a
-            rule with a state or with a vector of length T does not allow.
+            rule with a state or with a vector of length T does not allow, but for UW and IMTL-L:
+            an absent task's parameter there, and its moments, do not move.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; the rule sees unscaled losses, and an overflow skips
             the step and leaves the rule's state as it was.
         check_finite: Whether a loss that is not finite raises, and a rule that is not finite at
-            finite losses; it costs a synchronisation. At the first step, and at every step of
-            FAMO, which would remember it, the rule is checked in any case.
+            finite losses; it costs a synchronisation. "skip" treats such a loss as absent. At the
+            first step, and at every step of FAMO, which would remember it, the rule is checked in
+            any case.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
 
     Raises:
@@ -90,7 +93,7 @@ class Scalarized(CombiningOptimizer):
         options = Options(scaler, check_finite, process_group)
         super().__init__(optimizer, tasks, forwards, options, takes_closures=False)
         try:
-            from torchjd.scalarization import Scalarizer
+            from torchjd.scalarization import IMTLL, UW, Scalarizer
         except ImportError as error:
             raise ImportError(
                 "`Scalarized` needs TorchJD: pip install 'mtlopt[torchjd]'."
@@ -102,10 +105,12 @@ class Scalarized(CombiningOptimizer):
             )
         self.scalarizer = scalarizer.to(self._device)
         self._rule = Rule(self.scalarizer)
+        # Rules that are a sum over the tasks, each with a parameter.
+        self._separates = type(scalarizer) in (UW, IMTLL)
         if not self._rule.learns_afterwards:
             self._adopt_parameters()
         # Draws for scalarizers that are random, alike on every rank.
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self._seen: dict[str, Tensor] = {}
         self._losses_are_scaled = False
         self._evaluation_to_repeat: Evaluation | None = None
@@ -119,6 +124,12 @@ class Scalarized(CombiningOptimizer):
         ]
         if not named:
             return
+        if hasattr(self.base.step, "_wrapped_by_lr_sched"):
+            raise ValueError(
+                f"`optimizer` must have no scheduler yet, since {type(self.scalarizer).__name__} "
+                "adds a group of parameters to it: make schedulers afterwards, or give it the "
+                "parameters at first, Adam([*model.parameters(), *scalarizer.parameters()])."
+            )
         with_names = "param_names" in self.param_groups[0]
         group: dict[str, Any] = {"params": named if with_names else [p for _, p in named]}
         if "weight_decay" in self.defaults:
@@ -130,7 +141,7 @@ class Scalarized(CombiningOptimizer):
 
         Empty before the first step.
         """
-        return dict(self._seen)
+        return self._seen | self._skipped()
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
         if self._rule.learns_afterwards and not evaluation.losses.is_function:
@@ -141,6 +152,7 @@ class Scalarized(CombiningOptimizer):
             )
         if all(parameter.grad is None for parameter in evaluation.parameters):
             self._rule.roll_back()  # An earlier gradient was cleared without a step.
+            self._rule.release(self.state)
         self._losses_are_scaled = evaluation.prescaled
         # Eq. 1 with the rule's derivatives at the averaged losses as weights.
         values = evaluation.add_sum(evaluation.names, self._weights)
@@ -153,10 +165,16 @@ class Scalarized(CombiningOptimizer):
         present = sum_by_task(self.tasks, values)
         if not present:
             return {}
-        self._check_present(present)
+        absent = self._check_present(present)
         one = torch.ones((), device=self._device)
+        asked = present
+        places = [self.tasks.index(task) for task in absent]
+        if self._separates:
+            # Any loss will do for an absent task, whose term is left out below.
+            asked = {task: present.get(task, one) for task in self.tasks}
+            self._rule.hold(places, self.state)
         unit = one if self._scaling is None else self._scaling.scale(one)
-        losses = _stack(present, self._device)
+        losses = _stack(asked, self._device)
         losses = losses / unit if self._losses_are_scaled else losses
         if self._losses_are_scaled or self._scaling is not None:
             self._rule.keep_state()
@@ -165,11 +183,14 @@ class Scalarized(CombiningOptimizer):
             scalar, slopes, found = self._rule.differentiate(losses, parameters)
         # Looking at the numbers waits for the device: once, or where the rule remembers them.
         if self.check_finite or self._rule.learns_afterwards or not self._seen:
-            self._check_finite_rule(losses, scalar + slopes.sum(), list(present))
+            self._check_finite_rule(losses, scalar + slopes.sum(), list(asked))
         if found:
             scaled = {key: gradient * unit for key, gradient in found.items()}
+            for gradient in scaled.values() if absent else ():
+                gradient[places] = 0
             add_to_grads(parameters, [scaled.get(id(parameter)) for parameter in parameters])
-        by_task = dict(zip(present, slopes.unbind(), strict=True))
+        found_by_task = dict(zip(asked, slopes.unbind(), strict=True))
+        by_task = {task: found_by_task[task] for task in present}
         nan = torch.full_like(slopes[0], float("nan"))
         self._seen["coefficients"] = torch.stack([by_task.get(task, nan) for task in self.tasks])
         return {name: slope for task, slope in by_task.items() for name in names_of(task)}
@@ -182,16 +203,19 @@ class Scalarized(CombiningOptimizer):
                 f"finite at {values}: most rules need positive losses."
             )
 
-    def _check_present(self, present: Mapping[Task, Tensor]) -> None:
+    def _check_present(self, present: Mapping[Task, Tensor]) -> list[Task]:
+        """Returns the absent tasks, or raises an error where the rule cannot miss them."""
         absent = [task for task in self.tasks if task not in present]
         reason = needs_all_tasks(self.scalarizer, len(self.tasks)) if absent else ""
-        if reason:
+        if reason and not self._separates:
             raise ValueError(
                 f"`scalarizer` {type(self.scalarizer).__name__} must see every task at every step: "
                 f"it has {reason}. Absent from this batch: {absent}."
             )
+        return absent
 
     def _stepped(self, skipped: Tensor | None) -> None:
+        self._rule.release(self.state)
         evaluation, self._evaluation_to_repeat = self._evaluation_to_repeat, None
         if skipped is not None and (self._rule.kept is not None or evaluation) and skipped:
             self._rule.roll_back()
@@ -209,7 +233,7 @@ class Scalarized(CombiningOptimizer):
         return {"scalarizer": self._rule.state_dict()}
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
-        self._rule.load_state_dict(saved["scalarizer"])
+        self._rule.load_state_dict(saved["scalarizer"], self._device)
 
 
 class Rule:
@@ -226,6 +250,7 @@ class Rule:
         self.kept: list[dict[str, Any]] | None = None
         """The state before a step that may be skipped."""
         self._needs_graph = False
+        self._held: tuple[list[int], list[tuple[Tensor, str | None, Tensor]]] | None = None
 
     def differentiate(
         self, losses: Tensor, parameters: Iterable[Tensor]
@@ -234,7 +259,7 @@ class Rule:
 
         Args:
             losses: (T,) averaged losses of the present tasks.
-            parameters: Those of the optimizer, among which the rule's own may be.
+            parameters: The optimizer's parameters, which may include the rule's own.
 
         Returns:
             The scalar, its (T,) derivatives by the losses, and by id its gradients with respect to
@@ -242,7 +267,7 @@ class Rule:
         """
         losses = losses.detach().requires_grad_()
         # A caller's autocast region is not meant for the rule.
-        with torch.autocast(losses.device.type, enabled=False):
+        with torch.autocast(losses.device.type, enabled=False), losses.device:
             scalar = self.scalarizer(losses)
         held = set(map(id, parameters))
         own = [p for p in self.scalarizer.parameters() if p.requires_grad and id(p) in held]
@@ -254,39 +279,62 @@ class Rule:
     def learn(self, evaluation: Evaluation, tasks: Iterable[Task], device: torch.device) -> None:
         """Shows the rule the losses, averaged as before, at the weights after the step."""
         evaluation = replace(evaluation, losses=replace(evaluation.losses, needs_graph=False))
+        drawn = _random_states(device)
         try:
             with torch.set_grad_enabled(self._needs_graph):
-                values = evaluation.averages()
+                values = average_losses(evaluation)
         except RuntimeError:
             if self._needs_graph:
                 raise
             # A loss with derivatives by its inputs (the residual of an equation) needs a graph.
-            self._needs_graph = True
+            # What the failed attempt drew (dropout) is drawn again.
+            for restore_state, state in drawn:
+                restore_state(state)
             with torch.enable_grad():
-                values = evaluation.averages()
-        with torch.autocast(device.type, enabled=False):
+                values = average_losses(evaluation)
+            self._needs_graph = True
+        with torch.autocast(device.type, enabled=False), device:
             losses = _stack(sum_by_task(tasks, values), device)
             self.scalarizer.update(losses)  # type: ignore[operator]  # FAMO's
+
+    def hold(self, absent: Sequence[int], state: Mapping[Tensor, Any]) -> None:
+        """Keeps the entries of tasks absent from a whole step, which its update must not move."""
+        places = [k for k in absent if self._held is None or k in self._held[0]]
+        entries: list[tuple[Tensor, str | None, Tensor]] = []
+        for p in self.scalarizer.parameters() if places else ():
+            entries.append((p, None, p.detach()[places].clone()))
+            for key, value in state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    entries.append((p, key, value[places].clone()))
+        self._held = places, entries
+
+    def release(self, state: Mapping[Tensor, Any]) -> None:
+        """Restores the entries that were held."""
+        places, entries = self._held or ([], [])
+        for parameter, key, value in entries:
+            (parameter.detach() if key is None else state[parameter][key])[places] = value
+        self._held = None
 
     def keep_state(self) -> None:
         """Keeps the state before a step, unless one is kept already."""
         if self.kept is None:
-            self.kept = deepcopy([state_of(part) for part in stateful(self.scalarizer)])
+            self.kept = deepcopy(states_of(self.scalarizer))
 
     def roll_back(self) -> None:
         """Restores the state that was kept, if any."""
         if self.kept is not None:
-            restore(stateful(self.scalarizer), self.kept)
+            restore(self.scalarizer, self.kept)
             self.kept = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the parameters and the states of the parts."""
         return {
             "parameters": [parameter.detach() for parameter in self.scalarizer.parameters()],
-            "states": [state_of(part) for part in stateful(self.scalarizer)],
+            "states": states_of(self.scalarizer),
+            "needs_graph": self._needs_graph,
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any], device: torch.device) -> None:
         """Loads what :meth:`state_dict` returned."""
         parameters = list(self.scalarizer.parameters())
         shapes = [parameter.shape for parameter in parameters]
@@ -294,8 +342,17 @@ class Rule:
             raise ValueError("`state_dict` must be of the same scalarizer, got other parameters.")
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
             parameter.data.copy_(value)
-        restore(stateful(self.scalarizer), saved["states"])
-        self.kept = None
+        restore(self.scalarizer, saved["states"], device)
+        self.kept, self._needs_graph = None, saved["needs_graph"]
+
+
+def _random_states(device: torch.device) -> list[tuple[Callable[[Tensor], None], Tensor]]:
+    """Returns the states of torch's generators, each with the function that restores it."""
+    states: list[Any] = [(torch.set_rng_state, torch.get_rng_state())]
+    if device.type in ("cuda", "xpu"):
+        module = torch.get_device_module(device)
+        states.append((partial(module.set_rng_state, device=device), module.get_rng_state(device)))
+    return states
 
 
 def _stack(losses: Mapping[Task, Tensor], device: torch.device) -> Tensor:

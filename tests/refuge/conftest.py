@@ -48,6 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for method in (*METHODS, "torchjd:MGDA"):
         runs[method] = home / method.replace(":", "-")
         arguments = ["--data", home / "data", *TINY, "--method", method, "--epochs", 2]
+        arguments += ["--mirror", "off"]  # as in the plain loops they are compared with
         with unrendered():
             assert train.main([*map(str, arguments), "--out", str(runs[method])]) == 0
     return runs

@@ -18,12 +18,16 @@ from refuge.errors import InputError
 from refuge.measurement.diagnosis import RatioClassifier
 from refuge.measurement.evaluation import Trained, look_again
 from refuge.measurement.evaluation import predict as ask
-from refuge.photographs.augmentation import augment
+from refuge.photographs.augmentation import augment, mirror
 from refuge.photographs.crops import crop_box, crop_records
 from refuge.photographs.data import Batch, Photographs, load_splits
 from refuge.photographs.folds import deal
+from refuge.photographs.frames import Frame
 from refuge.photographs.phantoms import phantom_records
 from refuge.photographs.records import Record
+from refuge.screening.drawing import original_mask
+from refuge.screening.examining import Decision, examine
+from refuge.screening.reading import read_photograph
 from refuge.state import TrainingState
 from tiny_photographs import TINY, entry, write_split
 
@@ -52,7 +56,7 @@ def centre(mask: Tensor) -> Tensor:
 def test_a_changed_picture_takes_its_masks_and_its_fovea_along() -> None:
     """Found again in the picture itself; no two pictures change alike."""
     before = spot_batch(12)
-    after = augment(before)
+    after = mirror(augment(before))
     for row in range(12):
         bright = after.images[row].mean(0) > 0.4
         for task in ("disc", "cup"):
@@ -199,7 +203,8 @@ def test_a_second_look_measures_the_cup_finer() -> None:
     overlap = twice.masks["cup"][0] & expected
     assert overlap.sum() / (twice.masks["cup"][0] | expected).sum() > 0.7
     assert np.array_equal(twice.masks["disc"], once.masks["disc"])
-    assert look_again(trained, painted()[0], np.zeros((32, 32), bool)) is None
+    whole = Frame(0, 0, 320, 320)
+    assert look_again(trained, painted()[0], np.zeros((32, 32), bool), whole) is None
 
 
 def test_a_second_look_is_drawn_at_the_photographs_own_size(tmp_path: Path) -> None:
@@ -207,9 +212,11 @@ def test_a_second_look_is_drawn_at_the_photographs_own_size(tmp_path: Path) -> N
     picture, mask = painted()
     picture.save(tmp_path / "a.png")
     trained = Trained(Painter(), ("disc", "cup"), RatioClassifier(1, 0), second_pass=True)
-    found = predict.examine(trained, tmp_path / "a.png", 32)
-    assert found.mask is not None
-    cup, true = found.mask == 0, np.asarray(mask) == 0
+    prepared = read_photograph(tmp_path / "a.png", 32, crop=False)
+    found = examine(trained, tmp_path / "a.png", prepared, Decision(None, "", {}))
+    drawn = original_mask(dict(found.maps), found.seen, prepared.frame, prepared.size)
+    assert drawn is not None
+    cup, true = drawn == 0, np.asarray(mask) == 0
     assert (cup & true).sum() / (cup | true).sum() > 0.85
     assert found.ratio == pytest.approx(41 / 79, abs=0.05)
 

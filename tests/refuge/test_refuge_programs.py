@@ -5,7 +5,6 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ from refuge.best import open_run
 from refuge.errors import InputError
 from refuge.measurement.operating import Calibration, OperatingPoint
 from refuge.metrics import largest_component
+from refuge.screening.drawing import original_mask
+from refuge.screening.examining import Decision, examine, judge
+from refuge.screening.reading import read_photograph
 from tiny_photographs import entry, write_split
 
 TINY = ("--size", "32", "--width", "2", "--batch-size", "4", "--epochs", "2", "--lr", "0.01")
@@ -93,7 +95,7 @@ def test_predictions_are_those_of_the_evaluation(home: Path, tmp_path: Path, dra
     for file in pictures:
         with Image.open(tmp_path / "masks" / f"{file.stem}.png") as mask:
             assert (mask.mode, mask.size) == ("L", (40, 40))
-        with Image.open(tmp_path / "overlays" / f"{file.stem}.png") as overlay:
+        with Image.open(tmp_path / "overlays" / f"{file.stem}.jpg") as overlay:
             assert len(np.unique(np.asarray(overlay.convert("L")))) > 50
 
 
@@ -102,9 +104,11 @@ def test_a_mask_at_the_original_size_is_the_enlarged_map(home: Path, tmp_path: P
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "wide.png")
     trained, settings = open_run(home / "run")
-    finding = predict.examine(trained, tmp_path / "wide.png", settings.size)
-    assert finding.mask is not None
-    assert finding.mask.shape == (50, 70)
+    prepared = read_photograph(tmp_path / "wide.png", settings.size, crop=False)
+    finding = examine(trained, tmp_path / "wide.png", prepared, Decision(None, "", {}))
+    mask = original_mask(dict(finding.maps), None, prepared.frame, prepared.size)
+    assert mask is not None
+    assert mask.shape == (50, 70)
     picture = Image.open(tmp_path / "wide.png").resize((32, 32), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture).transpose(2, 0, 1)[None].astype(np.float32) / 255
     answer = trained.ask(torch.from_numpy(pixels))
@@ -119,7 +123,7 @@ def test_a_mask_at_the_original_size_is_the_enlarged_map(home: Path, tmp_path: P
     disc = largest_component(enlarged["disc"] > 0.5)
     cup = largest_component(enlarged["cup"] > 0.5) & disc
     expected = np.where(cup, 0, np.where(disc, 128, 255))
-    assert (finding.mask == expected).mean() > 0.995  # Pillow rounds another way.
+    assert (mask == expected).mean() > 0.995  # Pillow rounds another way.
 
 
 def test_a_submission_is_what_refuge_reads(home: Path, tmp_path: Path) -> None:
@@ -185,7 +189,7 @@ Program = Callable[[list[str]], int]
         ),
         (predict.main, ["{home}/run", "{home}/run/best.pt", "--out", "{out}"], "best.pt: not a"),
         (predict.main, ["{home}/data", "x.jpg", "--out", "{out}"], "data/config.json: not read"),
-        (predict.main, ["{home}/run", "a/x.jpg", "b/x.png", "--out", "{out}"], "the same name"),
+        (predict.main, ["{home}/run", "a/x.jpg", "b/x.png", "--out", "{out}"], "a/x.jpg: not a"),
         (predict.main, ["{home}/run", "x.jpg"], "required: --out"),
         (evaluate.main, ["{home}/nowhere"], "nowhere/config.json: not readable"),
         (evaluate.main, ["{home}/run", "--split", "best"], "invalid choice: 'best'"),
@@ -275,7 +279,8 @@ def test_a_table_is_made_of_runs_that_are_kept(
 
     text = (out / "table1.md").read_text(encoding="utf-8")
     assert text.startswith(
-        "Test split of repacked, 2 epochs, width 2, 32 px, batch size 4, norm batch.\n"
+        "Test split of repacked, 2 epochs, width 2, 32 px, batch size 4, norm batch, mirror off, "
+        "crop off.\n"
     )
     for method, lr in chosen.items():
         runs = [home / f"runs/{method}-lr{lr}-seed{seed}/metrics.json" for seed in (0, 1)]
@@ -316,6 +321,9 @@ def test_a_table_of_folds_averages_over_them(home: Path, tmp_path: Path) -> None
     assert [row["fold"] for row in rows] == ["1/4", "2/4", "3/4", "4/4"]
     text = (tmp_path / "table1/table1.md").read_text(encoding="utf-8")
     assert text.startswith("Mean over 4 folds of data, 1 epochs, ")
+    text_of_all = (tmp_path / "table1/decisions.md").read_text(encoding="utf-8")
+    assert "| joint | " in text_of_all
+    assert text_of_all.rstrip().endswith("| 16 |")
     dice = [100 * float(row["disc_dice"]) for row in rows]
     assert f" {statistics.mean(dice):.2f} ± {statistics.stdev(dice):.2f} " in text
     tested = [
@@ -380,7 +388,7 @@ def test_a_verdict_compares_the_calibrated_average_with_the_threshold(
     (tmp_path / "run/operating_point.json").write_text(json.dumps(content))
     assert predict.main(arguments) == 0
     said = capsys.readouterr().out
-    assert "on the test split sensitivity 0.75 [0.50, 1.00], specificity 0.50." in said
+    assert "on the test split of data sensitivity 0.75 [0.50, 1.00], specificity 0.50." in said
     rows = read_table(tmp_path / "out/predictions.csv")
     for row in rows:
         expected = "refer" if float(row["probability"]) >= middle else "no sign"
@@ -390,15 +398,16 @@ def test_a_verdict_compares_the_calibrated_average_with_the_threshold(
     for row in rows:
         assert f"{row['photograph']}: {row['verdict']}" in page
     assert predict.main([*arguments, "--rule", "youden"]) == 0
-    assert "on the validation split sensitivity 0.75, specificity 0.50." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "on the validation photographs of data sensitivity 0.75, specificity 0.50." in said
     assert {row["verdict"] for row in read_table(tmp_path / "out/predictions.csv")} == {"refer"}
 
 
-def test_a_picture_without_a_disc_is_not_decided_on(home: Path) -> None:
+def test_a_picture_that_cannot_be_graded_is_not_decided_on() -> None:
     """The threshold was chosen on pictures that both classifiers had judged."""
-    trained, _ = open_run(home / "run")
     point = OperatingPoint(Calibration(1, 0), {"specificity": 0.3}, {}, {})
-    said = {"fc": 0.9, "vcdr": float("nan"), "both": 0.9}
-    assert predict.judge(trained, said, point, "specificity")[1] == "ungradable"
-    alone = replace(trained, classifier=None)
-    assert predict.judge(alone, said, point, "specificity")[1] == "refer"
+    assert judge(0.9, "no optic disc found", point, "specificity")[1] == "ungradable"
+    assert judge(0.9, "", point, "specificity")[1] == "refer"
+    assert judge(0.2, "", point, "specificity")[1] == "no sign"
+    assert judge(0.9, "", None, "specificity")[1] == ""
+    assert judge(0.9, "too dark", None, "specificity")[1] == "ungradable"

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from PIL import Image
 from torch import nn
 from torch._functorch import config as functorch_config
 
+import evaluate
 import mtlopt
 import train
 from refuge.best import load_best, parts, save_best
 from refuge.errors import InputError
+from refuge.files import lock_folder
 from refuge.measurement import figures
 from refuge.measurement.evaluation import Trained
 from refuge.methods import build_network, build_optimizer
-from refuge.network import TASKS
+from refuge.network import TASKS, MultiTaskUNet
+from refuge.photographs.data import load_splits
 from refuge.processes import ONE_PROCESS
 from refuge.run import VALIDATE_EVERY, build_state
 from refuge.settings import METHODS, Settings, claim_folder, parse
@@ -76,7 +80,7 @@ def test_a_run_leaves_everything_in_its_folder(repacked: Path, tmp_path: Path, d
     out = tmp_path / "run"
     assert run_here("--data", repacked, "--epochs", 6, *TINY, "--out", out) == 0
     assert {file.name for file in out.iterdir()} == {
-        *("config.json", "metrics.json", "operating_point.json", "history.csv"),
+        *("config.json", "metrics.json", "operating_point.json", "quality.json", "history.csv"),
         *("predictions-test.csv", "best.pt", "last.pt", "figures"),
     }
     assert {file.name for file in (out / "figures").iterdir()} == {
@@ -147,7 +151,7 @@ def test_single_task_learning_is_four_plain_trainings(repacked: Path, tmp_path: 
 
     out = tmp_path / "run"
     arguments = ("--data", repacked, "--method", "single", "--epochs", 1, *TINY, "--dropout", 0)
-    assert run_here(*arguments, "--out", out) == 0
+    assert run_here(*arguments, "--mirror", "off", "--out", out) == 0
     pictures = load_splits(str(repacked), 32, seed=0)["train"]
     torch.manual_seed(0)
     networks = SingleTaskNetworks(width=2, dropout=0).networks
@@ -197,7 +201,7 @@ def test_each_part_of_a_network_keeps_its_own_best(tmp_path: Path) -> None:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.fill_(epoch)
-        save_best(tmp_path, epoch, improved, Trained(network, TASKS, None))
+        save_best(tmp_path, epoch, improved, Trained(network, TASKS, None), settings)
     trained, epochs = load_best(tmp_path, network, settings)
     assert epochs == dict(zip(prefixes, (15, 10, 5, 5), strict=True))
     for prefix, epoch in epochs.items():
@@ -252,8 +256,9 @@ def test_without_cup_masks_cup_metrics_are_null(tmp_path: Path, repacked: Path) 
     assert metrics["notes"] == [
         "no training picture is annotated for cup.",
         "no vCDR classifier: no training picture has disc, cup and glaucoma annotated.",
-        "no decision threshold: validation has 0 pictures with glaucoma and 0 without, and needs "
-        "10 of each.",
+        "11 test pictures are also among the training pictures (a0.jpg): their numbers are too "
+        "good.",
+        "no decision threshold: validation has 0 pictures without glaucoma, and needs 10.",
     ]
     with (out / "history.csv").open(newline="") as opened:
         assert {row["loss_cup"] for row in csv.DictReader(opened)} == {""}
@@ -328,7 +333,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
     # The half validated where it ended.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VALIDATE_EVERY", 2)
-        assert run_here("--data", data, "--epochs", 4, *TINY, "--out", whole) == 0
+        arguments = ("--data", data, "--epochs", 4, *TINY, "--mirror", "off")
+        assert run_here(*arguments, "--out", whole) == 0
     assert_same_end(whole, half)
 
 
@@ -600,7 +606,7 @@ def test_two_processes_are_one_with_the_doubled_batch(
     nothing but rounding: that of a bias before a norm of each channel, and of a few other weights.
     """
     common = ("--data", repacked, "--size", 32, "--width", 2, "--method", method, "--epochs", 2)
-    plain = ("--norm", "group", "--dropout", 0)
+    plain = ("--norm", "group", "--dropout", 0, "--mirror", "off")
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_here(*common, *plain, "--batch-size", 4, "--out", one) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -651,8 +657,10 @@ def test_runs_without_a_name_get_folders_of_their_own(
 def test_the_published_configuration_is_reachable_and_stated() -> None:
     """Width 64, size 256, learning rate 1e-4, 300 epochs, batch statistics; no more is added."""
     flags = ["--width", "64", "--size", "256", "--lr", "1e-4", "--epochs", "300", "--norm", "batch"]
+    flags += ["--mirror", "off", "--crop", "off"]
     settings = parse([*flags, "--out", "nowhere"]).settings
-    assert settings == Settings(width=64, size=256, lr=1e-4, epochs=300, norm="batch")
+    expected = Settings(width=64, size=256, lr=1e-4, epochs=300, norm="batch")
+    assert settings == replace(expected, mirror="off", crop="off")
     assert (settings.batch_size, settings.amp, settings.patience) == (8, "off", 0)
     assert (settings.augment, settings.second_pass, settings.fold) == (False, False, "")
     assert (settings.dropout, VALIDATE_EVERY) == (0.8, 5)
@@ -681,3 +689,83 @@ def test_the_default_run_learns_all_four_tasks(train_py: Run, tmp_path: Path) ->
         for file in (tmp_path / "run/figures/overlays.png", ROOT / "docs/_static/demo.png")
     )
     assert np.abs(drawn - shown).mean() < 2
+
+
+def test_two_runs_into_one_folder_are_kept_apart(
+    finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second says so before it reads a photograph."""
+    out = copy(finished["joint"], tmp_path / "run")
+    before = (out / "last.pt").read_bytes()
+    with lock_folder(out):
+        assert run_here("--resume", "--out", out, "--epochs", 3) == 2
+    assert capsys.readouterr().err == (
+        f"train.py: error: {out}: another process is training into this folder.\n"
+    )
+    assert (out / "last.pt").read_bytes() == before
+    assert not (out / ".lock").exists()
+    assert run_here("--resume", "--out", out, "--epochs", 3) == 0
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_an_edited_config_is_noticed(
+    finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The settings belong to the weights; this one would fit their shapes."""
+    out = copy(finished["joint"], tmp_path / "run")
+    config = read(out / "config.json")
+    (out / "config.json").write_text(json.dumps(config | {"mirror": "on"}))
+    capsys.readouterr()
+    program = train.main if name == "last.pt" else evaluate.main
+    arguments = (
+        ["--resume", "--out", str(out), "--epochs", "3"] if name == "last.pt" else [str(out)]
+    )
+    assert program(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{out / name}: not " in error
+    assert "`mirror` was off, `config.json` says on" in error
+
+
+def test_an_unknown_aggregator_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("refuge.run.load_photographs", pytest.fail)
+    assert run_here("--method", "torchjd:Nope", "--out", tmp_path / "run") == 2
+    assert "must name an aggregator of TorchJD, got Nope" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "torchjd:Mean"])
+def test_gradients_are_combined_where_the_heads_begin(
+    repacked: Path, tmp_path: Path, method: str
+) -> None:
+    """At the outputs of encoder and decoder, in one forward pass; a run resumes as any other."""
+    settings = Settings(method=method, features=True, width=2)
+    network = build_network(settings)
+    optimizer: Any = build_optimizer(settings, network, None)
+    pictures = load_splits(str(repacked), 32, seed=0)["train"]
+    seen: list[object] = []
+    assert isinstance(network, MultiTaskUNet)
+    for module in (network.encoder[-1], network.decoder[-1]):
+        module.register_forward_hook(lambda _, __, output: seen.append(output))
+    losses = train.make_losses(settings, network)
+    assert optimizer.step(losses, pictures[[0, 1, 2, 3]]).keys() == set(TASKS)
+    assert len(seen) == 2
+    if method != "pcgrad":
+        return
+    one, other = tmp_path / "one", tmp_path / "other"
+    arguments = ("--data", repacked, *TINY, "--method", method, "--features")
+    assert run_here(*arguments, "--epochs", 2, "--out", one) == 0
+    assert run_here(*arguments, "--epochs", 1, "--out", other) == 0
+    assert run_here("--resume", "--epochs", 2, "--out", other) == 0
+    for name, value in weights(one).items():
+        assert torch.equal(value, weights(other)[name]), name
+
+
+def test_the_cut_needs_a_method_that_combines_gradients(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_here("--features") == 2
+    expected = "`--features` must be for pcgrad, gradnorm or torchjd:NAME, got True.\n"
+    assert capsys.readouterr().err.endswith(expected)

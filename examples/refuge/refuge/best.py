@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from refuge.methods import Network, build_network
 from refuge.network import TASKS
 from refuge.photographs.data import Photographs, load_splits
 from refuge.photographs.repacked import SPLITS
-from refuge.settings import Settings, read_settings
+from refuge.settings import Settings, compare, read_settings
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BEST = "best.pt"
@@ -49,6 +49,7 @@ def load_photographs(
         wanted,
         fold=settings.folds(),
         second_pass=settings.second_pass,
+        crop=settings.crop == "on",
     )
 
 
@@ -63,7 +64,9 @@ def parts(settings: Settings) -> dict[str, tuple[str, ...]]:
     return {"": TASKS}
 
 
-def save_best(folder: Path, epoch: int, improved: Sequence[str], trained: Trained) -> None:
+def save_best(
+    folder: Path, epoch: int, improved: Sequence[str], trained: Trained, settings: Settings
+) -> None:
     """Saves the weights of the parts that improved; the saved weights of the others stay.
 
     Args:
@@ -71,6 +74,7 @@ def save_best(folder: Path, epoch: int, improved: Sequence[str], trained: Traine
         epoch: Number of the epoch.
         improved: Prefixes of the parts that improved.
         trained: The network with the weights of this epoch.
+        settings: The run's settings.
     """
     file = folder / BEST
     before: Mapping[str, Any] = {"model": {}, "epochs": {}}
@@ -85,6 +89,7 @@ def save_best(folder: Path, epoch: int, improved: Sequence[str], trained: Traine
             "epochs": before["epochs"] | dict.fromkeys(improved, epoch),
             "tasks": tuple(trained.tasks),
             "classifier": trained.classifier and tuple(trained.classifier),
+            "settings": asdict(settings),
         },
     )
 
@@ -98,6 +103,8 @@ def load_best(folder: Path, network: Network, settings: Settings) -> tuple[Train
     file = folder / BEST
     state = load_checkpoint(file)
     try:
+        if difference := compare(state["settings"], settings):
+            raise InputError(f"{file}: not the weights of this run ({difference}).")
         network.load_state_dict(state["model"])
         classifier = state["classifier"] and RatioClassifier(*state["classifier"])
         device = settings.torch_device()
@@ -108,6 +115,7 @@ def load_best(folder: Path, network: Network, settings: Settings) -> tuple[Train
             partial(autocast, settings),
             device,
             settings.second_pass,
+            settings.crop == "on",
         )
         epochs: dict[str, int] = state["epochs"]
     except (LookupError, RuntimeError, TypeError) as error:
@@ -130,5 +138,7 @@ def open_run(folder: Path, device: str = "auto") -> tuple[Trained, Settings]:
     settings.check()
     if not (folder / BEST).exists():
         raise InputError(f"{folder}: has no {BEST} yet; the run must be validated once.")
+    if difference := compare(load_checkpoint(folder / BEST).get("settings", {}), settings):
+        raise InputError(f"{folder / BEST}: not the weights of this run ({difference}).")
     network = build_network(settings, pretrained=False).to(settings.torch_device())
     return load_best(folder, network, settings)[0], settings

@@ -8,11 +8,13 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from refuge.errors import InputError
@@ -53,6 +55,29 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be created ({error.strerror}).") from error
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps other processes that lock the same folder out of it.
+
+    Raises:
+        InputError: Another process has locked it.
+    """
+    file = folder / ".lock"
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"{folder}: another process is training into this folder.") from error
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be locked ({error.strerror}).") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        lock.release()
 
 
 def write_text(file: Path, text: str) -> None:
@@ -107,6 +132,9 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):
+            # torch's own message advises to run whatever code is in the file.
+            reason = "it is damaged, or contains more than tensors and plain containers"
         raise InputError(f"{file}: not a readable checkpoint ({reason}).") from error
     if not isinstance(state, dict):
         raise InputError(f"{file}: not a checkpoint of this program.")

@@ -94,15 +94,30 @@ def build_optimizer(
     if method == "joint":
         weights = settings.loss_weights() if settings.weights else None
         return mtlopt.JointOptimizer(adam, objectives, weights, **common)
+    if settings.features:
+        assert isinstance(network, MultiTaskUNet)
+        # Where the heads begin: glaucoma's after the encoder, the others' after the decoder.
+        common["features"] = [network.encoder[-1], network.decoder[-1]]
     if method == "pcgrad":
         return mtlopt.PCGrad(adam, objectives, seed=settings.seed, **common)
     if method == "gradnorm":
         assert isinstance(network, MultiTaskUNet)
         # The last layer that all tasks share: the glaucoma head branches off after the encoder.
-        shared = network.encoder_convolutions()[-1].parameters()
-        return mtlopt.GradNorm(adam, objectives, shared=shared, **common)
+        if not settings.features:
+            common["shared"] = network.encoder_convolutions()[-1].parameters()
+        return mtlopt.GradNorm(adam, objectives, **common)
     aggregator = build_aggregator(method.removeprefix(AGGREGATED))
     return mtlopt.Aggregated(adam, objectives, aggregator, **common)
+
+
+def check_method(settings: Settings) -> None:
+    """Refuses a method that is not available, before photographs are read.
+
+    Raises:
+        InputError: TorchJD lacks the aggregator, or is not installed.
+    """
+    if settings.method.startswith(AGGREGATED):
+        build_aggregator(settings.method.removeprefix(AGGREGATED))
 
 
 def check_annotations(settings: Settings, known: Mapping[str, Tensor]) -> None:

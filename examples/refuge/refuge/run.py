@@ -27,7 +27,8 @@ from refuge.methods import (
     draw_objectives,
 )
 from refuge.network import TASKS, count_parameters
-from refuge.photographs.augmentation import augment
+from refuge.photographs.augmentation import augment, mirror
+from refuge.photographs.checks import find_warnings
 from refuge.photographs.data import Batch, Photographs, describe
 from refuge.processes import ONE_PROCESS, Processes
 from refuge.settings import Settings
@@ -74,7 +75,9 @@ class Run:
         used = order[: self.iterations * self.processes.count * size]
         for rows in used.view(self.iterations, -1, size):
             batch = pictures[rows[self.processes.rank]].to(self.trained.device)
-            yield augment(batch) if self.settings.augment else batch
+            if self.settings.augment:
+                batch = augment(batch)
+            yield mirror(batch) if self.settings.mirror == "on" else batch
 
     def progress(self) -> tqdm[Any]:
         """Returns a progress bar over the iterations of the whole run."""
@@ -108,6 +111,7 @@ def prepare(settings: Settings, out: Path, resume: bool, processes: Processes = 
     classifier, reason = fit_ratio_classifier(pictures.ratios.numpy(), pictures.labels.numpy())
     notes = [f"no training picture is annotated for {t}." for t in TASKS if t not in learned]
     notes += [reason] if reason else []
+    notes += find_warnings(splits, settings.mirror == "on") if processes.first else []
 
     file = out / LAST
     state = build_state(settings, processes, file if resume and file.exists() else None)
@@ -119,6 +123,7 @@ def prepare(settings: Settings, out: Path, resume: bool, processes: Processes = 
         partial(autocast, settings),
         device,
         settings.second_pass,
+        settings.crop == "on",
     )
     model, source = wrap(settings, state.network, processes), describe(settings.data)
     run = Run(settings, out, processes, source, splits, state, model, trained, notes)
@@ -145,7 +150,7 @@ def build_state(settings: Settings, processes: Processes, file: Path | None) -> 
     shuffle = torch.Generator().manual_seed(settings.seed)
     state = TrainingState(network, optimizer, scaler, shuffle)
     if file:
-        state.load(file, processes)
+        state.load(file, processes, settings)
     return state
 
 
@@ -174,3 +179,5 @@ def _begin_folder(run: Run) -> None:
     write_json(run.out / "config.json", asdict(run.settings) | facts)
     (run.out / "figures").mkdir(exist_ok=True)
     draw_pictures(run.out / "figures" / "pictures.png", run.splits["train"])
+    for note in run.notes:
+        tqdm.write(f"note: {note}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from refuge.errors import InputError
-from refuge.files import make_folder, read_json
+from refuge.files import lock_folder, make_folder, read_json
 from refuge.network import ENCODERS, NORMS, TASKS
 
 METHODS = ("independent", "alternating", "joint", "pcgrad", "gradnorm", "single")
 AGGREGATED = "torchjd:"  # followed by the name of an aggregator
+SWITCH = ("on", "off")
+CHANGEABLE = ("epochs", "device")  # settings that a resumed run may change
 RUNS = Path("runs")
 
 
@@ -26,7 +29,8 @@ RUNS = Path("runs")
 class Settings:
     """Everything that a run's final weights depend on; the defaults suit two CPU cores.
 
-    As published: width 64, size 256, lr 1e-4, 300 epochs, batch size 8, norm "batch".
+    As published: width 64, size 256, lr 1e-4, 300 epochs, batch size 8, norm "batch", mirror and
+    crop "off".
     """
 
     data: str = "phantom"
@@ -43,6 +47,9 @@ class Settings:
     dropout: float = 0.8
     group_size: int = 1
     weights: str = ""
+    features: bool = False
+    mirror: str = "on"
+    crop: str = "on"
     augment: bool = False
     second_pass: bool = False
     patience: int = 0
@@ -79,6 +86,9 @@ class Settings:
         if self.weights:
             kept = self.method == "joint" and self.loss_weights() is not None
             rules["weights"] = (kept, "like fovea=30,cup=2, positive, and with `--method joint`")
+        if self.features:
+            cut = self.method in ("pcgrad", "gradnorm") or self.method.startswith(AGGREGATED)
+            rules["features"] = (cut, f"for pcgrad, gradnorm or {AGGREGATED}NAME")
         for name, (kept, rule) in rules.items():
             if not kept:
                 raise InputError(f"`{_flag(name)}` must be {rule}, got {getattr(self, name)}.")
@@ -194,7 +204,11 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
         "weights in the joint loss, such as fovea=30; others are 1",
         metavar="A=X,B=Y",
     )
-    add("augment", "rotate, mirror and recolour training pictures at random", action="store_true")
+    cut = "combine gradients where the heads begin, with pcgrad, gradnorm or torchjd"
+    add("features", cut, action="store_true")
+    add("mirror", "mirror training pictures at random: off as published", choices=SWITCH)
+    add("crop", "cut photographs to their field of view: off as published", choices=SWITCH)
+    add("augment", "rotate, scale and recolour training pictures at random", action="store_true")
     add("second_pass", "segment the cup a second time, in the enlarged disc", action="store_true")
     stop = "stop after N validations without improvement; 0 for never"
     add("patience", stop, type=int, metavar="N")
@@ -234,7 +248,7 @@ def read_settings(folder: Path) -> Settings:
 
 def _resumed(out: Path, given: dict[str, Any]) -> Settings:
     saved = read_settings(out)
-    for name in given.keys() - {"epochs", "device"}:
+    for name in given.keys() - set(CHANGEABLE):
         if given[name] != (before := getattr(saved, name)):
             raise InputError(
                 f"`{_flag(name)}` must be {before} as in {out / 'config.json'}, got {given[name]}."
@@ -242,8 +256,25 @@ def _resumed(out: Path, given: dict[str, Any]) -> Settings:
     return replace(saved, **given)
 
 
-def claim_folder(request: Request) -> Path:
+def compare(saved: Mapping[str, Any], settings: Settings) -> str:
+    """Says in which setting a checkpoint and `config.json` differ, as somebody edited one; or "".
+
+    Args:
+        saved: The settings in the checkpoint.
+        settings: The settings in `config.json`.
+    """
+    for name, value in asdict(settings).items():
+        if name not in (*CHANGEABLE, "data") and saved.get(name) != value:
+            return f"`{name}` was {saved.get(name)}, `config.json` says {value}"
+    return ""
+
+
+def claim_folder(request: Request, claimed: ExitStack | None = None) -> Path:
     """Creates the folder of a run; picks a free name if none was given.
+
+    Args:
+        request: The run.
+        claimed: Takes up a lock on the folder.
 
     Raises:
         InputError: The folder cannot be created, or already contains a run.
@@ -252,6 +283,8 @@ def claim_folder(request: Request) -> Path:
     if not request.resume and (out / "config.json").exists():
         raise InputError(f"{out}: contains a run; give `--resume` to continue it.")
     make_folder(out)
+    if claimed:
+        claimed.enter_context(lock_folder(out))
     return out
 
 

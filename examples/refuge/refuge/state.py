@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from refuge.files import load_checkpoint, save_checkpoint, write_csv
 from refuge.methods import Network
 from refuge.network import TASKS
 from refuge.processes import Processes
+from refuge.settings import Settings, compare
 
 LAST = "last.pt"
 
@@ -82,7 +83,7 @@ class TrainingState:
         """Tells whether all epochs are done, or `patience` validations brought no improvement."""
         return self.epoch >= epochs or 0 < patience <= self.stale
 
-    def save(self, folder: Path, processes: Processes) -> None:
+    def save(self, folder: Path, processes: Processes, settings: Settings) -> None:
         """Writes `last.pt` and `history.csv` on the first process; the others wait."""
         rngs = processes.gather((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
         if not processes.first:
@@ -100,13 +101,14 @@ class TrainingState:
                 "best": self.best,
                 "stale": self.stale,
                 "history": self.history,
+                "settings": asdict(settings),
             },
         )
         columns = list(dict.fromkeys(column for row in self.history for column in row))
         rows = [[row.get(column) for column in columns] for row in self.history]
         write_csv(folder / "history.csv", columns, rows)
 
-    def load(self, file: Path, processes: Processes) -> None:
+    def load(self, file: Path, processes: Processes, settings: Settings) -> None:
         """Restores a checkpoint, including each process's random generators.
 
         Raises:
@@ -114,6 +116,8 @@ class TrainingState:
         """
         state = load_checkpoint(file)
         try:
+            if difference := compare(state["settings"], settings):
+                raise ValueError(difference)
             self.network.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scaler:

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from refuge.best import load_best, parts, save_best
 from refuge.measurement.evaluation import evaluate, score
-from refuge.measurement.operating import choose_point, measure_point, write_point
-from refuge.measurement.report import missing_ratios, write_report
+from refuge.measurement.operating import choose_point, write_point
+from refuge.measurement.quality import grade, measure_limits, measure_quality, write_limits
+from refuge.measurement.report import decide, missing_ratios, write_report
 from refuge.metrics import mean
 from refuge.network import TASKS, count_parameters
 from refuge.run import Run
@@ -31,7 +32,7 @@ def validate(run: Run) -> None:
     shown = "-" if row["score"] is None else f"{row['score']:.3f}"
     tqdm.write(f"epoch {state.epoch} of {run.settings.epochs}: score {shown}")
     if improved:
-        save_best(run.out, state.epoch, improved, run.trained)
+        save_best(run.out, state.epoch, improved, run.trained, run.settings)
 
 
 def finish(run: Run) -> None:
@@ -41,12 +42,15 @@ def finish(run: Run) -> None:
     """
     state, val, test = run.state, run.splits["val"], run.splits["test"]
     trained, epochs = load_best(run.out, state.network, run.settings)
-    average = evaluate(trained, val).diagnoses["both"]
-    point, reason = choose_point(val.labels.numpy(), average)
-    evaluation = evaluate(trained, test)
+    validated = evaluate(trained, val)
+    limits = measure_limits(measure_quality(val, validated.predictions))
+    write_limits(run.out, limits)
+    validated = grade(val, validated, limits)
+    labels = np.where(validated.ungradable, -1, val.labels.numpy())
+    point, reason = choose_point(labels, validated.diagnoses["both"])
+    evaluation = grade(test, evaluate(trained, test), limits)
     if point:
-        found = measure_point(point, test.labels.numpy(), evaluation.diagnoses["both"])
-        point = replace(point, test=found)
+        point = replace(point, test=decide(point, test, evaluation))
     write_point(run.out, point, reason)
     facts = {
         "parameters": count_parameters(state.network),

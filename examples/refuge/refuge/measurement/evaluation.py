@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from refuge.metrics import (
 )
 from refuge.photographs.crops import Box, crop_box
 from refuge.photographs.data import Photographs, shrink
+from refuge.photographs.frames import Frame
 
 Array = NDArray[np.float64]
 Metrics = dict[str, float | None]
@@ -42,21 +43,37 @@ class Predictions:
         points: Foveas (n, 2), x and y in input pixels.
         probabilities: Probability of glaucoma (n,), by the network's own head.
         ratios: vCDR (n,), NaN where no disc was found.
+        certainty: Mean probability in the disc, and highest of the fovea's map, each (n,).
     """
 
     masks: dict[str, NDArray[np.bool_]]
     points: Array | None
     probabilities: Array | None
     ratios: Array
+    certainty: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions for a split, the classifiers' probabilities, and the metrics of both."""
+    """Predictions for a split, the classifiers' probabilities, and the metrics of both.
+
+    Attributes:
+        predictions: The network's predictions.
+        diagnoses: Probabilities of glaucoma by classifier.
+        metrics: The metrics of both.
+        reasons: Why a photograph cannot be graded, "" if it can; empty if that was not asked.
+    """
 
     predictions: Predictions
     diagnoses: dict[str, Array]
     metrics: Metrics
+    reasons: Sequence[str] = ()
+
+    @property
+    def ungradable(self) -> NDArray[np.bool_]:
+        """Which photographs cannot be graded (n,)."""
+        reasons = self.reasons or [""] * len(self.predictions.ratios)
+        return np.array([bool(reason) for reason in reasons])
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,7 @@ class Trained:
         autocast: Returns the context of a forward pass.
         device: The network's device.
         second_pass: Whether the cup is segmented in the enlarged disc.
+        crop: Whether photographs are cut to their field of view.
     """
 
     network: nn.Module
@@ -78,6 +96,7 @@ class Trained:
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     device: torch.device = CPU
     second_pass: bool = False
+    crop: bool = False
 
     @torch.no_grad()
     def ask(self, images: Tensor) -> dict[str, Array]:
@@ -112,9 +131,10 @@ def predict(trained: Trained, photographs: Photographs) -> Predictions:
     if trained.second_pass and len(predictions.masks) == 2:
         for row in rows:
             picture = photographs.records[row].read()[0]
-            seen = look_again(trained, picture, predictions.masks["disc"][row])
+            frame = photographs.frame(row)
+            seen = look_again(trained, picture, predictions.masks["disc"][row], frame)
             if seen:
-                predictions.masks["cup"][row] = seen.place(photographs.size, picture.size)
+                predictions.masks["cup"][row] = seen.place(photographs.size, frame)
                 predictions.ratios[row] = seen.ratio
     return predictions
 
@@ -139,12 +159,13 @@ class SecondLook:
         disc, cup = (largest_component(each > 0.5) for each in (self.disc, self.cup))
         return vertical_cup_to_disc_ratio(disc, cup)
 
-    def place(self, size: int, original: tuple[int, int]) -> NDArray[np.bool_]:
-        """Returns the cup within the whole photograph, resized to (size, size)."""
+    def place(self, size: int, frame: Frame) -> NDArray[np.bool_]:
+        """Returns the cup within the network's input, (size, size), of a part of the photograph."""
         cup, side = largest_component(self.cup > 0.5), self.box[2] - self.box[0]
         columns, rows = (
             np.floor(
-                ((np.arange(size) + 0.5) * original[axis] / size - self.box[axis]) * len(cup) / side
+                ((np.arange(size) + 0.5) * frame[axis + 2] / size + frame[axis] - self.box[axis])
+                * (len(cup) / side)
             ).astype(int)
             for axis in (0, 1)
         )
@@ -155,7 +176,7 @@ class SecondLook:
 
 
 def look_again(
-    trained: Trained, picture: Image.Image, disc: NDArray[np.bool_]
+    trained: Trained, picture: Image.Image, disc: NDArray[np.bool_], frame: Frame
 ) -> SecondLook | None:
     """Applies the network to the disc that it found, enlarged; None if it found none.
 
@@ -163,11 +184,14 @@ def look_again(
         trained: The network.
         picture: The photograph, at its own size.
         disc: The disc, at the network's size.
+        frame: The part of the photograph that the network saw.
     """
     mask = Image.fromarray(np.where(disc, 0, 255).astype(np.uint8))
-    box = crop_box(mask.resize(picture.size, Image.Resampling.NEAREST))
+    box = crop_box(mask.resize((frame.width, frame.height), Image.Resampling.NEAREST))
     if box is None:
         return None
+    x, y = frame.left, frame.top
+    box = (box[0] + x, box[1] + y, box[2] + x, box[3] + y)
     images = torch.from_numpy(shrink(picture.crop(box), len(disc)).copy())[None].float() / 255
     answer = replace(trained, tasks=("disc", "cup")).ask(images)
     return SecondLook(box, answer["disc"], answer["cup"])
@@ -185,12 +209,18 @@ def summarise(answers: Sequence[Mapping[str, Array]]) -> Predictions:
     if len(masks) == 2:
         pairs = zip(masks["disc"], masks["cup"], strict=True)
         ratios = np.array([vertical_cup_to_disc_ratio(disc, cup) for disc, cup in pairs])
+    certainty = {}
+    if "disc" in masks:
+        pairs = zip(answers, masks["disc"], strict=True)
+        inside = [each["disc"][disc].mean() if disc.any() else np.nan for each, disc in pairs]
+        certainty["disc certainty"] = np.array(inside)
     points = probabilities = None
     if "fovea" in learned:
         points = np.concatenate([centre_of_mass(each["fovea"][None]) for each in answers])
+        certainty["fovea certainty"] = np.array([each["fovea"].max() for each in answers])
     if "glaucoma" in learned:
         probabilities = np.array([float(each["glaucoma"]) for each in answers])
-    return Predictions(masks, points, probabilities, ratios)
+    return Predictions(masks, points, probabilities, ratios, certainty)
 
 
 def diagnose(predictions: Predictions, classifier: RatioClassifier | None) -> dict[str, Array]:
@@ -269,7 +299,7 @@ def score_pictures(
     columns["fovea_error"] = columns["fovea_error_original"] = nowhere
     if predictions.points is not None:
         offset = predictions.points - photographs.input_points().numpy()
-        scale = photographs.sizes.numpy() / photographs.size
+        scale = photographs.frames[:, 2:].numpy() / photographs.size
         columns["fovea_error"] = np.hypot(*offset.T)
         columns["fovea_error_original"] = np.hypot(*(offset * scale).T)
     columns["vcdr_error"] = np.abs(predictions.ratios - photographs.ratios.numpy())

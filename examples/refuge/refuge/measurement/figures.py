@@ -150,7 +150,7 @@ def show(ax: Axes, photographs: Photographs, row: int) -> None:
 def show_original(ax: Axes, photographs: Photographs, row: int) -> None:
     """Draws a photograph at its own size, in coordinates of the network's input."""
     edge = photographs.size - 0.5
-    picture = photographs.records[row].read()[0]
+    picture = photographs.frame(row).cut(photographs.records[row].read()[0])
     ax.imshow(np.asarray(picture), extent=(-0.5, edge, edge, -0.5))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,20 @@ class Bootstrap:
 def show_interval(interval: Interval | None, form: str = ".2f") -> str:
     """Formats an interval to follow its number; empty if there is none."""
     return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def show_rates(
+    rates: Mapping[str, float | None], prefix: str, intervals: Mapping[str, Interval | None]
+) -> str:
+    """Formats sensitivity and specificity with their intervals."""
+    names = ("sensitivity", "specificity")
+    values = {name: rates[f"{prefix}{name}"] for name in names}
+    return ", ".join(
+        f"{name} "
+        + ("-" if value is None else f"{value:.2f}")
+        + show_interval(intervals.get(f"{prefix}{name}"))
+        for name, value in values.items()
+    )
 
 
 def _interval(values: Array) -> Interval | None:

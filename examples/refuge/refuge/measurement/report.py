@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from refuge.measurement.figures import (
     draw_reliability,
     draw_roc,
 )
-from refuge.measurement.intervals import Interval, show_interval
-from refuge.measurement.operating import RULES, SPECIFICITY, OperatingPoint, measure_point
+from refuge.measurement.intervals import Interval, show_interval, show_rates
+from refuge.measurement.operating import SPECIFICITY, OperatingPoint, measure_point
 from refuge.photographs.data import Photographs
 
 
@@ -65,12 +66,18 @@ def write_measured(
     """
     metrics, intervals = evaluation.metrics, measure_intervals(evaluation, photographs)
     decisions = decide(point, photographs, evaluation)
-    facts = {"intervals": intervals, "decisions": decisions, **facts}
+    reasons = count_reasons(evaluation.reasons)
+    facts = {"intervals": intervals, "decisions": decisions, "ungradable": reasons, **facts}
     name = "metrics.json" if "parameters" in facts else f"metrics-{split}.json"
     write_predictions(out / f"predictions-{split}.csv", photographs, evaluation, point)
     write_json(out / name, {"data": source, **metrics, **facts})
     print(f"{out}: {len(photographs)} {split} pictures, {source}")
     print(format_table(metrics, photographs.size, intervals, decisions, point))
+    if calibration := facts.get("calibration"):
+        print("  calibration   " + ", ".join(f"{k} {v:.3f}" for k, v in calibration.items()))
+    if reasons:
+        listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
+        print(f"  ungradable    {evaluation.ungradable.sum()} of {len(photographs)}: {listed}")
     for note in facts["notes"]:
         print(f"note: {note}")
 
@@ -91,7 +98,9 @@ def draw_diagnosis(
     if point:
         usable = (labels >= 0) & ~np.isnan(diagnoses["both"])
         average = diagnoses["both"][usable]
-        said = {"average": average, "calibrated": point.calibration.probabilities(average)}
+        said = {"average": average}
+        if point.calibration:
+            said["calibrated"] = point.risks(average)
         draw_reliability(figures / "reliability.png", labels[usable], said, source)
 
 
@@ -101,7 +110,13 @@ def decide(
     """Measures the decisions at a run's thresholds, by rule."""
     if point is None:
         return {}
-    return measure_point(point, photographs.labels.numpy(), evaluation.diagnoses["both"])
+    labels, average = photographs.labels.numpy(), evaluation.diagnoses["both"]
+    return measure_point(point, labels, average, evaluation.ungradable)
+
+
+def count_reasons(reasons: Sequence[str]) -> dict[str, int]:
+    """Counts the first reason of each photograph that cannot be graded, the most frequent first."""
+    return dict(Counter(reason.split("; ")[0] for reason in reasons if reason).most_common())
 
 
 def write_predictions(
@@ -110,7 +125,7 @@ def write_predictions(
     """Writes a row per photograph as CSV; unknown values are empty cells."""
     predictions, diagnoses = evaluation.predictions, evaluation.diagnoses
     silent = np.full(len(photographs), np.nan)
-    calibrated = point.calibration.probabilities(diagnoses["both"]) if point else silent
+    calibrated = point.risks(diagnoses["both"]) if point else silent
     columns: dict[str, Any] = {
         "label": np.where(photographs.labels < 0, np.nan, photographs.labels),
         "probability": diagnoses["both"],
@@ -123,11 +138,12 @@ def write_predictions(
     if predictions.points is not None:
         columns["fovea_x"], columns["fovea_y"] = predictions.points.T
         columns["true_fovea_x"], columns["true_fovea_y"] = photographs.input_points().numpy().T
+    reasons = evaluation.reasons or [""] * len(photographs)
     rows = [
-        [name, *("" if np.isnan(value) else f"{value:.6g}" for value in values)]
-        for name, *values in zip(photographs.names, *columns.values(), strict=True)
+        [name, *("" if np.isnan(value) else f"{value:.6g}" for value in values), reason]
+        for name, *values, reason in zip(photographs.names, *columns.values(), reasons, strict=True)
     ]
-    write_csv(file, ["photograph", *columns], rows)
+    write_csv(file, ["photograph", *columns, "ungradable"], rows)
 
 
 def missing_ratios(evaluation: Evaluation) -> list[str]:
@@ -173,7 +189,10 @@ def format_table(
             chosen = f"at {point.thresholds[rule]:.3f}"
             rates = {name: found[name] for name in ("sensitivity", "specificity")}
             own = {name: found[f"{name}_interval"] for name in rates}
-            lines.append((chosen, f"{show_rates(rates, '', own)} ({RULES[rule]})"))
+            lines.append((chosen, f"{show_rates(rates, '', own)} ({point.rule(rule)})"))
+            if found["ungradable"]:
+                everyone = {name: found[f"{name}_all"] for name in rates}
+                lines.append(("  all", f"{show_rates(everyone, '', {})} with ungradable referred"))
     lines += [
         (
             "reference",
@@ -186,17 +205,3 @@ def format_table(
         ("vCDR error", show("vcdr_error")),
     ]
     return "\n".join(f"  {label:<13} {text}" for label, text in lines)
-
-
-def show_rates(
-    rates: Mapping[str, float | None], prefix: str, intervals: Mapping[str, Interval | None]
-) -> str:
-    """Formats sensitivity and specificity with their intervals."""
-    names = ("sensitivity", "specificity")
-    values = {name: rates[f"{prefix}{name}"] for name in names}
-    return ", ".join(
-        f"{name} "
-        + ("-" if value is None else f"{value:.2f}")
-        + show_interval(intervals.get(f"{prefix}{name}"))
-        for name, value in values.items()
-    )

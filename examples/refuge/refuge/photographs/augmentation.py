@@ -1,4 +1,4 @@
-"""Data augmentation: flips, affine transforms, colour."""
+"""Data augmentation: mirroring, affine transforms, colour."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]  # not typ
 
 from refuge.photographs.data import Batch
 
-# Left eyes become right eyes; otherwise no more than cameras and operators vary.
+# No more than cameras and operators vary.
 CHANGES = (
-    v2.RandomHorizontalFlip(),
     v2.RandomAffine(
         degrees=15,
         translate=(0.05, 0.05),
@@ -54,3 +53,22 @@ def augment(batch: Batch, change: v2.Transform | None = None) -> Batch:
         "glaucoma": batch.targets["glaucoma"],
     }
     return Batch(torch.stack(images), targets, batch.known)
+
+
+def mirror(batch: Batch) -> Batch:
+    """Mirrors each picture with a probability of 1/2, so that left eyes also train right ones.
+
+    Args:
+        batch: The pictures and their ground truth; the choice draws from torch's generator.
+    """
+    chosen = (torch.rand(len(batch.images)) < 0.5).to(batch.images.device, non_blocking=True)
+
+    def flip(values: Tensor) -> Tensor:
+        wide = chosen.view(-1, *[1] * (values.dim() - 1))
+        return torch.where(wide, values.flip(-1), values)
+
+    points = batch.targets["fovea"].clone()
+    points[:, 0] = torch.where(chosen, batch.images.shape[-1] - 1 - points[:, 0], points[:, 0])
+    masks = {task: flip(batch.targets[task]) for task in ("disc", "cup")}
+    targets = batch.targets | masks | {"fovea": points}
+    return Batch(flip(batch.images), targets, batch.known)

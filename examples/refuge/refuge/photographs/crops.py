@@ -43,6 +43,7 @@ def crop_records(records: Sequence[Record]) -> list[Record]:
             annotated=record.annotated & {"disc", "cup"},
             label=None,
             fovea=None,
+            whole=True,
             read=partial(_read_crop, record, (float(shake[0]), float(shake[1]))),
         )
         for record, shake in zip(records, shakes, strict=True)

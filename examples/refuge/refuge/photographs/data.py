@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from refuge.metrics import vertical_cup_to_disc_ratio
 from refuge.network import TASKS
 from refuge.photographs.crops import crop_records
 from refuge.photographs.folds import deal
+from refuge.photographs.frames import Frame, choose_frame
+from refuge.photographs.imported import imported_records, is_imported
 from refuge.photographs.phantoms import phantom_records
 from refuge.photographs.records import Record
 from refuge.photographs.released import is_released, released_records
@@ -74,10 +76,16 @@ class Photographs(Dataset[Batch]):
         size: Side of the network's input in pixels.
         title: Title of the progress bar.
         cache: File for the decoded tensors; None to cache nothing.
+        crop: Whether to cut photographs to their field of view, padded to a square.
     """
 
     def __init__(
-        self, records: Sequence[Record], size: int, title: str = "", cache: Path | None = None
+        self,
+        records: Sequence[Record],
+        size: int,
+        title: str = "",
+        cache: Path | None = None,
+        crop: bool = False,
     ) -> None:
         self.size = size
         self.records = records
@@ -90,14 +98,16 @@ class Photographs(Dataset[Batch]):
         self.labels = torch.tensor(labels)
         nowhere = (float("nan"), float("nan"))
         self.points = torch.tensor([record.fovea or nowhere for record in records])
-        key = _fingerprint(records, size) if cache else ""
+        key = _fingerprint(records, size, crop) if cache else ""
         tensors = read_tensors(cache, key) if cache else None
         if tensors is None:
-            tensors = _decode(records, size, title)
+            tensors = _decode(records, size, title, crop)
             if cache:
                 write_tensors(cache, tensors, key)
         self.pictures, self.masks = tensors["pictures"], tensors["masks"]
         self.sizes, self.ratios = tensors["sizes"], tensors["ratios"]
+        # The part of each photograph that the network sees, and what its field of view is like.
+        self.frames, self.fields = tensors["frames"], tensors["fields"]
         # The tensors of a batch; `keep_on` may move these to a device.
         self._kept = [self.pictures, self.masks, self.input_points(), self.labels]
 
@@ -116,7 +126,12 @@ class Photographs(Dataset[Batch]):
     def input_points(self) -> Tensor:
         """Returns the foveas in pixels of the network's input."""
         # Whole coordinates are the centres of pixels, not their corners.
-        return (self.points + 0.5) * self.size / self.sizes - 0.5
+        corners, sides = self.frames[:, :2], self.frames[:, 2:]
+        return (self.points + 0.5 - corners) * self.size / sides - 0.5
+
+    def frame(self, row: int) -> Frame:
+        """Returns the part of a photograph that the network sees."""
+        return Frame(*self.frames[row].tolist())
 
     def keep_on(self, device: torch.device) -> None:
         """Moves pictures and masks to a GPU with enough memory, to save later copies."""
@@ -150,6 +165,7 @@ def load_splits(
     *,
     fold: tuple[int, int] | None = None,
     second_pass: bool = False,
+    crop: bool = False,
 ) -> dict[str, Photographs]:
     """Detects the kind of data and decodes it.
 
@@ -161,13 +177,14 @@ def load_splits(
         wanted: Subset of "train", "val" and "test".
         fold: The fold to test and the number of folds; None to use the data's own splits.
         second_pass: Whether to add crops of the discs to the training pictures.
+        crop: Whether to cut photographs to their field of view, padded to a square.
 
     Raises:
         InputError: The folder is not a data set, or a file in it cannot be used.
     """
     folder = Path(data)
     try:
-        splits = phantom_records(max(size, PHANTOM)) if data == "phantom" else _find_records(folder)
+        splits = phantom_records(max(size, PHANTOM)) if data == "phantom" else find_records(folder)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}).") from error
     if fold:
@@ -188,20 +205,64 @@ def load_splits(
             parts = [folder.resolve().name, split, str(size)]
             parts += [f"fold{fold[0]}of{fold[1]}"] if fold else []
             parts += ["discs"] if second_pass and split == "train" else []
+            parts += ["field"] if crop else []
             file = cache / f"{'-'.join(parts)}.pt"
-        decoded[split] = Photographs(splits[split], size, f"reading {split}", file)
+        decoded[split] = Photographs(splits[split], size, f"reading {split}", file, crop)
     return decoded
 
 
-def _find_records(folder: Path) -> dict[str, list[Record]]:
+def load_all(data: str, size: int, crop: bool, cache: Path | None = None) -> Photographs:
+    """Decodes the photographs of all splits of a data set as one."""
+    folder = Path(data)
+    splits = phantom_records(max(size, PHANTOM)) if data == "phantom" else find_records(folder)
+    records = [record for split in splits.values() for record in split]
+    if not records:
+        raise InputError(f"{folder}: has no pictures.")
+    parts = [folder.resolve().name, "all", str(size), *(["field"] if crop else [])]
+    file = cache / f"{'-'.join(parts)}.pt" if cache and data != "phantom" else None
+    return Photographs(records, size, "reading", file, crop)
+
+
+def find_repeats(first: Photographs, second: Photographs) -> list[tuple[str, str]]:
+    """Returns the names of photographs that are in both, by what the network sees of them."""
+    names = {
+        picture.numpy().tobytes(): n for picture, n in zip(first.pictures, first.names, strict=True)
+    }
+    found = []
+    for picture, name in zip(second.pictures, second.names, strict=True):
+        if (same := names.get(picture.numpy().tobytes())) is not None:
+            found.append((same, name))
+    return found
+
+
+def raise_fault(error: InputError) -> None:
+    """Raises the first fault of a data set."""
+    raise error
+
+
+def find_records(
+    folder: Path, report: Callable[[InputError], None] = raise_fault
+) -> dict[str, list[Record]]:
+    """Detects the form of a data set and reads what is known about its photographs.
+
+    Args:
+        folder: The data set.
+        report: Takes each fault of a photograph, which is left out if it does not raise.
+
+    Raises:
+        InputError: The folder is not a data set.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: `--data` must be a folder or the word phantom.")
     if is_repacked(folder):
-        return repacked_records(folder)
+        return repacked_records(folder, report)
+    if is_imported(folder):
+        return imported_records(folder, report)
     if is_released(folder):
-        return released_records(folder)
+        return released_records(folder, report)
     raise InputError(
-        f"{folder}: not a data set; expected train/index.json or Training400 in this folder."
+        f"{folder}: not a data set; expected train/index.json or Training400 in this folder, "
+        "or photographs.csv."
     )
 
 
@@ -214,9 +275,9 @@ def _hold_out(records: list[Record], seed: int) -> dict[str, list[Record]]:
     }
 
 
-def _fingerprint(records: Sequence[Record], size: int) -> str:
+def _fingerprint(records: Sequence[Record], size: int, crop: bool) -> str:
     """Returns a key that changes with the size, the annotations and the files."""
-    lines = [str(size)]
+    lines = [f"{size} {crop}"]
     for record in records:
         lines += [f"{record.name} {sorted(record.annotated)} {record.fovea}"]
         for file in record.files:
@@ -230,23 +291,35 @@ def _fingerprint(records: Sequence[Record], size: int) -> str:
     return "\n".join(lines)
 
 
-def _decode(records: Sequence[Record], size: int, title: str) -> dict[str, Tensor]:
-    def decode(record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Tensor, float]:
+def _decode(records: Sequence[Record], size: int, title: str, crop: bool) -> dict[str, Tensor]:
+    def decode(
+        record: Record,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Tensor, float, Tensor, Tensor]:
         picture, mask = record.read()
+        frame, field = choose_frame(picture, crop and not record.whole)
         ratio = float("nan")
         if mask is not None and {"disc", "cup"} <= record.annotated:
             values = np.asarray(mask)
             ratio = vertical_cup_to_disc_ratio(values < 255, values == 0)
-        mask = mask or Image.new("L", picture.size, 255)
+        mask = frame.cut(mask or Image.new("L", picture.size, 255), outside=255)
         small_mask = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
-        return shrink(picture, size), small_mask, torch.tensor(picture.size), ratio
+        return (
+            shrink(frame.cut(picture), size),
+            small_mask,
+            torch.tensor(picture.size),
+            ratio,
+            torch.tensor(frame),
+            torch.from_numpy(field),
+        )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(pool.map(decode, records), title, len(records), unit="picture", disable=None)
-        pictures, masks, sizes, ratios = zip(*bar, strict=True)
+        pictures, masks, sizes, ratios, frames, fields = zip(*bar, strict=True)
     return {
         "pictures": torch.from_numpy(np.stack(pictures)),
         "masks": torch.from_numpy(np.stack(masks)),
         "sizes": torch.stack(sizes),
         "ratios": torch.tensor(ratios, dtype=torch.float64),
+        "frames": torch.stack(frames),
+        "fields": torch.stack(fields),
     }

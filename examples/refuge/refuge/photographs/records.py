@@ -16,6 +16,8 @@ from refuge.errors import InputError
 
 Pair = tuple[Image.Image, Image.Image | None]
 MASK_VALUES = (0, 128, 255)  # cup, rim, background
+EYES = ("", "left", "right")
+DICOM = (".dcm", ".dicom")
 
 # More pixels than any fundus camera has: an error that names the file, not a bare warning.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -32,6 +34,8 @@ class Record:
         fovea: x and y in the photograph's own pixels, (0, 0) the centre of the first one.
         read: Decodes the photograph and, if disc or cup is annotated, the mask.
         files: The files that `read` reads, so that a cache can detect changes.
+        whole: Whether the network sees the whole picture, as it is already a crop.
+        eye: "left", "right", or "" if unknown.
     """
 
     name: str
@@ -40,6 +44,8 @@ class Record:
     fovea: tuple[float, float] | None
     read: Callable[[], Pair] = field(compare=False)
     files: tuple[Path, ...] = ()
+    whole: bool = False
+    eye: str = ""
 
 
 def file_record(
@@ -49,6 +55,7 @@ def file_record(
     label: int | None,
     fovea: tuple[float, float] | None,
     size: tuple[float, float] | None = None,
+    eye: str = "",
 ) -> Record:
     """Returns the record of a photograph and a mask stored in files.
 
@@ -59,10 +66,11 @@ def file_record(
         label: As in `Record`.
         fovea: As in `Record`.
         size: Width and height according to an index; the photograph must agree.
+        eye: As in `Record`.
     """
     files = (picture,) if mask is None else (picture, mask)
     read = partial(_read, picture, mask, fovea, size)
-    return Record(picture.name, annotated, label, fovea, read, files)
+    return Record(picture.name, annotated, label, fovea, read, files, eye=eye)
 
 
 def by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
@@ -103,17 +111,8 @@ def _read(
     fovea: tuple[float, float] | None,
     size: tuple[float, float] | None,
 ) -> Pair:
-    picture = _read_picture(picture_file)
+    picture = read_photograph(picture_file, fovea, size)
     width, height = picture.size
-    if size and size != picture.size:
-        raise InputError(
-            f"{picture_file}: must be of the size its index states ({size[0]:g} x {size[1]:g}), "
-            f"got {width} x {height}."
-        )
-    if fovea and not (-0.5 <= fovea[0] <= width - 0.5 and -0.5 <= fovea[1] <= height - 0.5):
-        raise InputError(
-            f"{picture_file}: the fovea must lie in the picture ({width} x {height}), got {fovea}."
-        )
     if mask_file is None:
         return picture, None
     mask = _read_mask(mask_file)
@@ -125,8 +124,35 @@ def _read(
     return picture, mask
 
 
+def read_photograph(
+    file: Path, fovea: tuple[float, float] | None = None, size: tuple[float, float] | None = None
+) -> Image.Image:
+    """Decodes a photograph.
+
+    Args:
+        file: Its file.
+        fovea: A point that must lie in it.
+        size: Width and height according to an index; the photograph must agree.
+
+    Raises:
+        InputError: It cannot be decoded, or contradicts the other arguments.
+    """
+    picture = _read_picture(file)
+    width, height = picture.size
+    if size and size != picture.size:
+        raise InputError(
+            f"{file}: must be of the size its index states ({size[0]:g} x {size[1]:g}), "
+            f"got {width} x {height}."
+        )
+    if fovea and not (-0.5 <= fovea[0] <= width - 0.5 and -0.5 <= fovea[1] <= height - 0.5):
+        raise InputError(
+            f"{file}: the fovea must lie in the picture ({width} x {height}), got {fovea}."
+        )
+    return picture
+
+
 def _read_picture(file: Path) -> Image.Image:
-    image = _decode(file)
+    image = read_image(file)
     if image.mode == "L":
         return image.convert("RGB")
     if image.mode == "RGBA":  # black, as around the field of view
@@ -137,7 +163,7 @@ def _read_picture(file: Path) -> Image.Image:
 
 
 def _read_mask(file: Path) -> Image.Image:
-    values = np.asarray(_decode(file))
+    values = np.asarray(read_image(file))
     if values.ndim == 3:
         if (values[..., 1:3] != values[..., :1]).any():
             raise InputError(f"{file}: a mask must be grey, got colours.")
@@ -153,9 +179,11 @@ def _read_mask(file: Path) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-def _decode(file: Path) -> Image.Image:
+def read_image(file: Path) -> Image.Image:
     """Decodes to RGB, or RGBA if pixels are transparent; keeps 8-bit grey and deeper pixels."""
     try:
+        if file.suffix.lower() in DICOM:
+            return _read_dicom(file)
         with Image.open(file) as image:
             # Annotations are assumed to refer to the picture as viewers show it. Sizes reveal
             # where that is wrong, except for square pictures and rotations by 180 degrees.
@@ -165,6 +193,20 @@ def _decode(file: Path) -> Image.Image:
         if shown.has_transparency_data:
             return shown.convert("RGBA")
         return shown if shown.mode == "L" else shown.convert("RGB")
-    # Pillow's decoders raise nearly any exception for a damaged file.
+    except InputError:
+        raise
+    # Decoders raise nearly any exception for a damaged file.
     except Exception as error:
         raise InputError(f"{file}: not a readable picture ({error}).") from error
+
+
+def _read_dicom(file: Path) -> Image.Image:
+    """Decodes the pixels of a DICOM file, and nothing of what it says about the patient."""
+    try:
+        from pydicom.pixels.utils import pixel_array  # noqa: PLC0415  # optional
+    except ImportError as error:
+        raise InputError(f"{file}: DICOM needs pydicom: pip install 'mtlopt[dicom]'.") from error
+    with warnings.catch_warnings():
+        # pydicom warns of values that no pixel depends on.
+        warnings.simplefilter("ignore")
+        return Image.fromarray(pixel_array(file))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import openpyxl
 from refuge.errors import InputError
 from refuge.network import TASKS
 from refuge.photographs.records import Record, by_stem, file_record, only, to_number
+
+Report = Callable[[InputError], None]
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,12 @@ def is_released(folder: Path) -> bool:
     return any(f.is_dir() and not _is_shadow(folder, f) for f in folder.rglob("Training400"))
 
 
-def released_records(folder: Path) -> dict[str, list[Record]]:
+def released_records(folder: Path, report: Report) -> dict[str, list[Record]]:
     """Reads the splits that exist, found by REFUGE's own folder names.
 
     Args:
         folder: Where the zip files were unpacked; extra folders in between are allowed.
+        report: Takes each fault of a photograph, which is left out if it does not raise.
 
     Raises:
         InputError: A picture lacks its mask, its row or its label, or a row its picture; or two
@@ -68,7 +71,9 @@ def released_records(folder: Path) -> dict[str, list[Record]]:
     """
     found = sorted(folder.rglob("*"))
     files = [file for file in found if file.is_file() and not _is_shadow(folder, file)]
-    splits = {split: _read_split(folder, files, layout) for split, layout in LAYOUTS.items()}
+    splits = {
+        split: _read_split(folder, files, layout, report) for split, layout in LAYOUTS.items()
+    }
     return {split: records for split, records in splits.items() if records}
 
 
@@ -78,7 +83,7 @@ def _is_shadow(folder: Path, file: Path) -> bool:
     return "__MACOSX" in parts or any(part.startswith(".") for part in parts)
 
 
-def _read_split(folder: Path, files: list[Path], layout: Layout) -> list[Record]:
+def _read_split(folder: Path, files: list[Path], layout: Layout, report: Report) -> list[Record]:
     def inside(*names: str) -> Iterator[Path]:
         return (f for f in files if set(names) & set(f.relative_to(folder).parts[:-1]))
 
@@ -101,27 +106,41 @@ def _read_split(folder: Path, files: list[Path], layout: Layout) -> list[Record]
 
     records = []
     for stem, copies in pictures.items():
-        picture = only(copies)
-        if stem not in masks:
-            raise InputError(f"{picture}: {picture.stem}.bmp is missing in {layout.annotations}.")
-        if stem not in rows:
-            raise InputError(f"{table}: has no row for {picture.name}.")
-        _, *fovea, said = rows[stem]
-        where = table if layout.label else picture
-        if layout.label is None:
-            said = FOLDER_LABELS.get(picture.parent.name)
-        label = to_number(said)
-        if label not in (0, 1):
-            raise InputError(f"{where}: the label of {picture.name} must be 0 or 1, got {said!r}.")
-        for file in (*copies, *masks[stem]):
-            if FOLDER_LABELS.get(file.parent.name, label) != label:
-                raise InputError(f"{file}: its folder contradicts {where}: which label is right?")
-        x, y = map(to_number, fovea)
-        if x is None or y is None:
-            raise InputError(f"{table}: the fovea of {picture.name} must be numbers, got {fovea}.")
-        mask = only(masks[stem])
-        records.append(file_record(picture, mask, frozenset(TASKS), int(label), (x, y)))
+        try:
+            records.append(_read_picture(stem, copies, masks, rows, table, layout))
+        except InputError as error:
+            report(error)
     return records
+
+
+def _read_picture(
+    stem: str,
+    copies: list[Path],
+    masks: dict[str, list[Path]],
+    rows: dict[str, tuple[Any, ...]],
+    table: Path,
+    layout: Layout,
+) -> Record:
+    picture = only(copies)
+    if stem not in masks:
+        raise InputError(f"{picture}: {picture.stem}.bmp is missing in {layout.annotations}.")
+    if stem not in rows:
+        raise InputError(f"{table}: has no row for {picture.name}.")
+    _, *fovea, given = rows[stem]
+    where = table if layout.label else picture
+    if layout.label is None:
+        given = FOLDER_LABELS.get(picture.parent.name)
+    label = to_number(given)
+    if label not in (0, 1):
+        raise InputError(f"{where}: the label of {picture.name} must be 0 or 1, got {given!r}.")
+    for file in (*copies, *masks[stem]):
+        if FOLDER_LABELS.get(file.parent.name, label) != label:
+            raise InputError(f"{file}: its folder contradicts {where}: which label is right?")
+    x, y = map(to_number, fovea)
+    if x is None or y is None:
+        raise InputError(f"{table}: the fovea of {picture.name} must be numbers, got {fovea}.")
+    mask = only(masks[stem])
+    return file_record(picture, mask, frozenset(TASKS), int(label), (x, y))
 
 
 def _read_table(table: Path, layout: Layout) -> dict[str, tuple[Any, ...]]:

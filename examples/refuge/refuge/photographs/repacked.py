@@ -10,13 +10,15 @@ from typing import Any
 
 from refuge.errors import InputError
 from refuge.network import TASKS
-from refuge.photographs.records import Record, by_stem, file_record, only, to_number
+from refuge.photographs.records import EYES, Record, by_stem, file_record, only, to_number
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("images", "Images")
 MASKS = ("seg", "gts", "Masks")
 MASK_ENDINGS = (".bmp", ".png", ".tif", ".tiff", ".gif", ".jpg", ".jpeg")
-REQUIRED = ("ImgName", "Size_X", "Size_Y", "Label", "Fovea_X", "Fovea_Y")
+REQUIRED = ("ImgName", "Label", "Fovea_X", "Fovea_Y")
+OPTIONAL = ("Size_X", "Size_Y", "Eye", "Annotations")
+Report = Callable[[InputError], None]
 Listing = Callable[[tuple[str, ...]], dict[str, list[Path]]]
 
 
@@ -25,19 +27,22 @@ def is_repacked(folder: Path) -> bool:
     return any((folder / split / "index.json").is_file() for split in SPLITS)
 
 
-def repacked_records(folder: Path) -> dict[str, list[Record]]:
+def repacked_records(folder: Path, report: Report) -> dict[str, list[Record]]:
     """Reads the splits that exist.
 
     Args:
         folder: Contains `{train,val,test}/index.json`.
+        report: Takes each fault of an entry, which is left out if it does not raise.
 
     Raises:
         InputError: An index cannot be read, or names a file or a column that does not exist.
     """
-    return {split: _read_split(folder / split) for split in SPLITS if (folder / split).is_dir()}
+    return {
+        split: _read_split(folder / split, report) for split in SPLITS if (folder / split).is_dir()
+    }
 
 
-def _read_split(folder: Path) -> list[Record]:
+def _read_split(folder: Path, report: Report) -> list[Record]:
     index = folder / "index.json"
     try:
         # Windows' editors start UTF-8 files with a byte order mark.
@@ -50,11 +55,16 @@ def _read_split(folder: Path) -> list[Record]:
     listing: Listing = cache(partial(_list_files, folder))
     records: dict[str, Record] = {}
     for key, entry in entries.items():
-        record = _read_entry(index, f'{index}: entry "{key}"', entry, listing)
-        # Masks are found by this name, so two pictures cannot share it.
-        stem = Path(record.name).stem.casefold()
-        if stem in records:
-            raise InputError(f'{index}: entry "{key}": {record.name} is in an entry before it.')
+        where = f'{index}: entry "{key}"'
+        try:
+            record = _read_entry(where, entry, listing)
+            # Masks are found by this name, so two pictures cannot share it.
+            stem = Path(record.name).stem.casefold()
+            if stem in records:
+                raise InputError(f"{where}: {record.name} is in an entry before it.")
+        except InputError as error:
+            report(error)
+            continue
         records[stem] = record
     return list(records.values())
 
@@ -68,9 +78,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _read_entry(index: Path, where: str, entry: dict[str, Any], listing: Listing) -> Record:
+def _read_entry(where: str, entry: dict[str, Any], listing: Listing) -> Record:
     # A misspelt `Annotations` would silently declare everything annotated.
-    if unknown := sorted(entry.keys() - {*REQUIRED, "Annotations"}):
+    if unknown := sorted(entry.keys() - {*REQUIRED, *OPTIONAL}):
         raise InputError(f"{where}: unknown column {unknown[0]!r}.")
     if missing := [column for column in REQUIRED if column not in entry]:
         raise InputError(f"{where}: column {missing[0]!r} is missing.")
@@ -99,9 +109,20 @@ def _read_entry(index: Path, where: str, entry: dict[str, Any], listing: Listing
         if not masks:
             raise InputError(f"{where}: {Path(name).stem}.bmp: no such file.")
         mask = only(masks)
-    size = (_number(where, entry, "Size_X"), _number(where, entry, "Size_Y"))
+    eye = entry.get("Eye", "")
+    if eye not in EYES:
+        raise InputError(f"{where}: `Eye` must be left or right, got {eye!r}.")
     label = None if label is None else int(label)
-    return file_record(only(pictures), mask, frozenset(annotated), label, fovea, size)
+    size = _read_size(where, entry)
+    return file_record(only(pictures), mask, frozenset(annotated), label, fovea, size, eye)
+
+
+def _read_size(where: str, entry: dict[str, Any]) -> tuple[float, float] | None:
+    if "Size_X" not in entry and "Size_Y" not in entry:
+        return None
+    if missing := [column for column in ("Size_X", "Size_Y") if column not in entry]:
+        raise InputError(f"{where}: column {missing[0]!r} is missing.")
+    return _number(where, entry, "Size_X"), _number(where, entry, "Size_Y")
 
 
 def _number(where: str, entry: dict[str, Any], column: str) -> float:

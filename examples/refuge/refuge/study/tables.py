@@ -111,9 +111,9 @@ def write_table(file: Path, name: str, title: str, runs: Sequence[FinishedRun]) 
     published = [[NAMES[method], *cells] for method, cells in PUBLISHED[name].items()]
     write_text(
         file,
-        f"{title}\n\n{_markdown([*header, 'learning rate', 'runs'], rows)}\n\n"
+        f"{title}\n\n{write_markdown([*header, 'learning rate', 'runs'], rows)}\n\n"
         "As published, on REFUGE's photographs, with width 64 and 256 px:\n\n"
-        f"{_markdown(header, published)}\n",
+        f"{write_markdown(header, published)}\n",
     )
 
 
@@ -148,7 +148,7 @@ def write_rates(file: Path, title: str, runs: Sequence[FinishedRun]) -> None:
             ]
         )
     header = ["model", "learning rate", "validation score", *COLUMNS.values()]
-    write_text(file, f"{title}\n\n{_markdown(header, rows)}\n")
+    write_text(file, f"{title}\n\n{write_markdown(header, rows)}\n")
 
 
 def _mean_and_deviation(values: Sequence[float | None]) -> str:
@@ -161,6 +161,7 @@ def _mean_and_deviation(values: Sequence[float | None]) -> str:
     return text if len(numbers) == len(values) else f"{text} ({len(numbers)} of {len(values)})"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def write_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table as Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
