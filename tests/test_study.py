@@ -503,16 +503,19 @@ def test_the_figure_has_a_row_per_method_and_a_colour_and_shape_per_family() -> 
 
 def test_the_sentence_says_what_the_rows_say() -> None:
     def say(**means: float) -> str:
-        return sentence(cast(Findings, SimpleNamespace(equal=view_of(**means))))
+        longer = view_of(**{TUNED: 0.0, f"{TUNED}, 2.0 × the steps": 3.0})
+        found = SimpleNamespace(equal=view_of(**means), plateau=longer)
+        return sentence(cast(Findings, found))
 
     ahead = say(**{TUNED: 0.0, SUM: -1.0, "PCGrad": 1.0, "DWA": -2.0, "MGDA": 0.0})
     assert "1 of 4 rivals were better than the tuned sum, 2 worse and 1 undecided" in ahead
     assert "over 7 fresh seeds" in ahead
-    assert "The best mean is that of PCGrad, +1.00 % [" in ahead
+    assert "At equal compute the best mean is that of PCGrad, +1.00 % [" in ahead
+    assert "The tuned sum, 2.0 × the steps, gains +3.00 % on itself [" in ahead
     assert ahead.endswith("], better.\n")
     behind = say(**{TUNED: 0.0, "DWA": -2.0})
     assert "0 of 1 rivals were better than the tuned sum, 1 worse and 0 undecided" in behind
-    assert behind.endswith("No mean is ahead of it.\n")
+    assert behind.endswith("no mean is ahead of it.\n")
 
 
 def test_numbers_are_written_without_a_signed_zero() -> None:

@@ -105,11 +105,16 @@ def sentence(findings: Findings) -> str:
     text += f"{view.count('undecided')} undecided (paired t tests, Holm's correction, 5 %)."
     if SUM in view.comparisons and view.comparisons[SUM][:3] == (0, 0, 0):
         text += " The search kept equal weights: the tuned sum is the plain sum."
+    longer = findings.plateau.comparisons if findings.plateau is not None else {}
+    for method, found in longer.items():
+        if method.startswith(f"{TUNED},"):
+            text += f" The {method}, gains {number(found.mean)} % on itself "
+            text += f"[{number(found.low)}, {number(found.high)}]."
     ahead = [m for m in view.best_first if m != TUNED and view.comparisons[m].mean > 0]
     if not ahead:
-        return text + " No mean is ahead of it.\n"
+        return text + " At equal compute no mean is ahead of it.\n"
     found = view.comparisons[ahead[0]]
-    text += f" The best mean is that of {ahead[0]}, {number(found.mean)} % "
+    text += f" At equal compute the best mean is that of {ahead[0]}, {number(found.mean)} % "
     return text + f"[{number(found.low)}, {number(found.high)}], {found.word}.\n"
 
 
