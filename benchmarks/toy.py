@@ -139,7 +139,7 @@ def from_front(points: Tensor) -> Tensor:
 
 def draw(found: dict[str, Tensor], path: Path) -> None:
     """Draws the paths over the contours of the sum, with a panel per method, a colour per scale."""
-    columns = min(5, len(found))
+    columns = min(3, len(found))
     rows = -(-len(found) // columns)
     figure = Figure(
         figsize=(0.4 + 2.3 * columns, 0.7 + 2.3 * rows), layout="constrained", facecolor="white"
@@ -166,7 +166,7 @@ def draw(found: dict[str, Tensor], path: Path) -> None:
         axes.set(aspect="equal", xlim=(-10.5, 10.5), ylim=(-10.5, 10.5))
         axes.set_title(method, fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:

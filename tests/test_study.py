@@ -380,6 +380,16 @@ def test_the_pages_on_the_results_have_every_file_of_them() -> None:
             assert str(file.relative_to(ROOT)) in text, file
 
 
+def test_the_rows_that_the_page_on_choosing_quotes_are_those_of_the_summary() -> None:
+    page = (ROOT / "docs/how-to/choose-a-method.md").read_text(encoding="utf-8")
+    summary = (ROOT / "benchmarks/results/study/headline.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(): line for line in summary.splitlines()}
+    quoted = re.findall(r"\*([^*|]+)\* ([−+][\d.]+ [▲▼])", page)
+    assert len(quoted) >= 6
+    for method, value in quoted:
+        assert f" {value} |" in rows[method], (method, value)
+
+
 def test_a_difference_is_the_mean_relative_change_against_the_rival_seed_by_seed() -> None:
     rival = {0: {"error": 2.0, "auc": 0.5}, 1: {"error": 4.0, "auc": 0.5}}
     own = {0: {"error": 1.0, "auc": 0.6}, 1: {"error": 6.0, "auc": 0.5}, 2: {"error": 0.0}}
@@ -493,16 +503,19 @@ def test_the_figure_has_a_row_per_method_and_a_colour_and_shape_per_family() -> 
 
 def test_the_sentence_says_what_the_rows_say() -> None:
     def say(**means: float) -> str:
-        return sentence(cast(Findings, SimpleNamespace(equal=view_of(**means))))
+        longer = view_of(**{TUNED: 0.0, f"{TUNED}, 2.0 × the steps": 3.0})
+        found = SimpleNamespace(equal=view_of(**means), plateau=longer)
+        return sentence(cast(Findings, found))
 
     ahead = say(**{TUNED: 0.0, SUM: -1.0, "PCGrad": 1.0, "DWA": -2.0, "MGDA": 0.0})
     assert "1 of 4 rivals were better than the tuned sum, 2 worse and 1 undecided" in ahead
     assert "over 7 fresh seeds" in ahead
-    assert "The best mean is that of PCGrad, +1.00 % [" in ahead
+    assert "At equal compute the best mean is that of PCGrad, +1.00 % [" in ahead
+    assert "The tuned sum, 2.0 × the steps, gains +3.00 % on itself [" in ahead
     assert ahead.endswith("], better.\n")
     behind = say(**{TUNED: 0.0, "DWA": -2.0})
     assert "0 of 1 rivals were better than the tuned sum, 1 worse and 0 undecided" in behind
-    assert behind.endswith("No mean is ahead of it.\n")
+    assert behind.endswith("no mean is ahead of it.\n")
 
 
 def test_numbers_are_written_without_a_signed_zero() -> None:

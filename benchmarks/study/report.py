@@ -69,6 +69,16 @@ def table(findings: Findings, view: View) -> str:
     return text
 
 
+def by_task(view: View) -> str:
+    """Returns the means of all metrics, the best method first."""
+    names = list(next(iter(view.tests[TUNED].values())))
+    rows = []
+    for method in view.best_first:
+        means = mean_of(view.tests[method])
+        rows.append([method, *(f"{means[name]:.3g}" for name in names)])
+    return write_table(["method", *names], rows)
+
+
 def worst(means: dict[str, float], findings: Findings) -> float:
     """Returns the worst of many metrics that are measured alike."""
     return max(means.values()) if findings.lower_is_better else min(means.values())
@@ -95,11 +105,16 @@ def sentence(findings: Findings) -> str:
     text += f"{view.count('undecided')} undecided (paired t tests, Holm's correction, 5 %)."
     if SUM in view.comparisons and view.comparisons[SUM][:3] == (0, 0, 0):
         text += " The search kept equal weights: the tuned sum is the plain sum."
+    longer = findings.plateau.comparisons if findings.plateau is not None else {}
+    for method, found in longer.items():
+        if method.startswith(f"{TUNED},"):
+            text += f" The {method}, gains {number(found.mean)} % on itself "
+            text += f"[{number(found.low)}, {number(found.high)}]."
     ahead = [m for m in view.best_first if m != TUNED and view.comparisons[m].mean > 0]
     if not ahead:
-        return text + " No mean is ahead of it.\n"
+        return text + " At equal compute no mean is ahead of it.\n"
     found = view.comparisons[ahead[0]]
-    text += f" The best mean is that of {ahead[0]}, {number(found.mean)} % "
+    text += f" At equal compute the best mean is that of {ahead[0]}, {number(found.mean)} % "
     return text + f"[{number(found.low)}, {number(found.high)}], {found.word}.\n"
 
 
@@ -160,6 +175,8 @@ def write_report(folder: Path, studies: Sequence[Study]) -> None:
             "searched": searched(found),
             "sentence": sentence(found),
         }
+        if len(found.tasks) > MANY:
+            texts["metrics"] = by_task(found.equal)
         for name, text in texts.items():
             (study.folder / f"{name}.md").write_text(text, encoding="utf-8")
         draw(found.equal).savefig(study.folder / "equal-compute.png", dpi=DOTS)

@@ -2,7 +2,7 @@
 
 The 1,797 digits that come with scikit-learn, and 6,000 pictures of Fashion-MNIST at their size, 8 x
 8 pixels. A forward pass of one task's batch says nothing of the other, so all methods take one pass
-per task, and independent optimizers cost what the sum costs. Accuracy.
+per task, and independent optimizers cost one more Adam update than the sum. Accuracy.
 """
 
 from collections.abc import Iterator, Sequence
