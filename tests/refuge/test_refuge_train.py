@@ -455,8 +455,8 @@ def test_ctrl_c_before_anything_is_saved_says_so(
         (("--dropout", "1"), "`--dropout` must be at least 0 and less than 1, got 1.0."),
         (
             ("--method", "pcgrad2"),
-            "`--method` must be independent, alternating, joint, pcgrad, gradnorm, single or "
-            "torchjd:NAME, got pcgrad2.",
+            "`--method` must be independent, alternating, joint, balanced, pcgrad, gradnorm, "
+            "single or torchjd:NAME, got pcgrad2.",
         ),
         (
             ("--method", "single", "--group-size", "2"),
@@ -736,7 +736,7 @@ def test_an_unknown_aggregator_is_refused_before_anything_is_read(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "torchjd:Mean"])
+@pytest.mark.parametrize("method", ["balanced", "pcgrad", "gradnorm", "torchjd:Mean"])
 def test_gradients_are_combined_where_the_heads_begin(
     repacked: Path, tmp_path: Path, method: str
 ) -> None:
@@ -767,5 +767,5 @@ def test_the_cut_needs_a_method_that_combines_gradients(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run_here("--features") == 2
-    expected = "`--features` must be for pcgrad, gradnorm or torchjd:NAME, got True.\n"
+    expected = "`--features` must be for balanced, pcgrad, gradnorm or torchjd:NAME, got True.\n"
     assert capsys.readouterr().err.endswith(expected)

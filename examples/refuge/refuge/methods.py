@@ -98,6 +98,8 @@ def build_optimizer(
         assert isinstance(network, MultiTaskUNet)
         # Where the heads begin: glaucoma's after the encoder, the others' after the decoder.
         common["features"] = [network.encoder[-1], network.decoder[-1]]
+    if method == "balanced":
+        return mtlopt.Balanced(adam, objectives, **common)
     if method == "pcgrad":
         return mtlopt.PCGrad(adam, objectives, seed=settings.seed, **common)
     if method == "gradnorm":

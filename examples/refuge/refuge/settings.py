@@ -18,7 +18,7 @@ from refuge.errors import InputError
 from refuge.files import lock_folder, make_folder, read_json
 from refuge.network import ENCODERS, NORMS, TASKS
 
-METHODS = ("independent", "alternating", "joint", "pcgrad", "gradnorm", "single")
+METHODS = ("independent", "alternating", "joint", "balanced", "pcgrad", "gradnorm", "single")
 AGGREGATED = "torchjd:"  # followed by the name of an aggregator
 SWITCH = ("on", "off")
 CHANGEABLE = ("epochs", "device")  # settings that a resumed run may change
@@ -87,8 +87,9 @@ class Settings:
             kept = self.method == "joint" and self.loss_weights() is not None
             rules["weights"] = (kept, "like fovea=30,cup=2, positive, and with `--method joint`")
         if self.features:
-            cut = self.method in ("pcgrad", "gradnorm") or self.method.startswith(AGGREGATED)
-            rules["features"] = (cut, f"for pcgrad, gradnorm or {AGGREGATED}NAME")
+            cut = self.method in ("balanced", "pcgrad", "gradnorm")
+            cut = cut or self.method.startswith(AGGREGATED)
+            rules["features"] = (cut, f"for balanced, pcgrad, gradnorm or {AGGREGATED}NAME")
         for name, (kept, rule) in rules.items():
             if not kept:
                 raise InputError(f"`{_flag(name)}` must be {rule}, got {getattr(self, name)}.")

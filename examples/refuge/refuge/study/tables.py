@@ -17,6 +17,7 @@ NAMES = {
     "independent": "MTL-IO (independent)",
     "alternating": "alternating",
     "joint": "joint",
+    "balanced": "balanced",
     "gradnorm": "GradNorm",
     "pcgrad": "PCGrad",
 }
