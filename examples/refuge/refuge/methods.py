@@ -98,10 +98,11 @@ def build_optimizer(
         assert isinstance(network, MultiTaskUNet)
         # Where the heads begin: glaucoma's after the encoder, the others' after the decoder.
         common["features"] = [network.encoder[-1], network.decoder[-1]]
-    if method == "balanced":
-        return mtlopt.Balanced(adam, objectives, **common)
     if method == "pcgrad":
-        return mtlopt.PCGrad(adam, objectives, seed=settings.seed, **common)
+        common["seed"] = settings.seed
+    if method in ("balanced", "pcgrad"):
+        kind: Any = mtlopt.Balanced if method == "balanced" else mtlopt.PCGrad
+        return kind(adam, objectives, **common)  # type: ignore[no-any-return]
     if method == "gradnorm":
         assert isinstance(network, MultiTaskUNet)
         # The last layer that all tasks share: the glaucoma head branches off after the encoder.
