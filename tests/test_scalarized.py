@@ -407,7 +407,6 @@ def test_an_absent_tasks_parameter_and_moments_stay_to_the_bit(name: str) -> Non
     assert not (learned == after[0]).any()
 
 
-@pytest.mark.parametrize("name", ["DWA", "FAMO", "Constant", "STCH"])
 @pytest.mark.parametrize("name", ["UW", "DWA", "FAMO"])
 def test_a_load_that_fails_late_changes_nothing(name: str) -> None:
     """The rule's parameters and state are loaded in place, before the generator fails."""
@@ -427,7 +426,7 @@ def test_a_load_that_fails_late_changes_nothing(name: str) -> None:
     assert repr(after["state"]) == repr(before["state"])
 
 
-@pytest.mark.parametrize("name", [*STATEFUL, "Constant", "STCH"])
+@pytest.mark.parametrize("name", ["DWA", "FAMO", "Constant", "STCH"])
 def test_what_knows_the_tasks_by_their_places_refuses_to_miss_one(name: str) -> None:
     model = Network()
     optimizer = make(model, make_rule(name))
