@@ -15,13 +15,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
+import mtlopt
 from benchmarks.run_study import RESULTS
+from benchmarks.study.methods import adam
 from benchmarks.study.plan import SEARCH_SEEDS, Config
+from benchmarks.study.problem import load, make
 from benchmarks.study.results import RUNS, append_rows, load_rows, read_scores
-from benchmarks.study.training import run
+from benchmarks.study.training import train
 
 OUT = Path(__file__).parent / "results" / "balanced"
 PROBLEMS = ("adult", "qm9", "two_sets", "burgers")
@@ -52,6 +57,22 @@ def configs(problem: str) -> Iterator[Config]:
                 yield Config(method, found[0], variant, seed, found[1])
 
 
+def run(name: str, config: Config) -> dict[str, Any]:
+    """Trains once; the constants need not be among those of the study's search."""
+    torch.set_num_threads(1)
+    problem = make(load(name), config.seed)
+    constants = dict(pair.split("=") for pair in config.variant.split())
+    options: dict[str, Any] = {"decay": float(constants["decay"])}
+    if "every" in constants:
+        options["every"] = int(constants["every"])
+    if config.method == LOSSES:
+        options["by"] = "losses"
+    elif PLACES[config.method] == "features":
+        options["features"] = problem.features
+    optimizer = mtlopt.Balanced(adam(problem, config.lr), type(problem).tasks, **options)
+    return {**config._asdict(), **train(problem, optimizer, config)}
+
+
 def main() -> None:
     """Trains what is missing, and writes the table."""
     parser = argparse.ArgumentParser(
@@ -78,8 +99,14 @@ def table() -> str:
         "| measured over | every | decay | " + " | ".join(PROBLEMS) + " |",
         "| --- | --- | --- |" + " --- |" * len(PROBLEMS),
     ]
-    found_in = dict.fromkeys((c.method, c.variant) for own in scores.values() for c in own)
-    for method, variant in found_in:
+    found_in = {(c.method, c.variant) for own in scores.values() for c in own}
+    places = [*PLACES, LOSSES]
+
+    def order(key: tuple[str, str]) -> tuple[int, float, float]:
+        options = dict(pair.split("=") for pair in key[1].split())
+        return places.index(key[0]), float(options.get("every", 0)), float(options["decay"])
+
+    for method, variant in sorted(found_in, key=order):
         options = dict(pair.split("=") for pair in variant.split())
         cells = [PLACES.get(method, "losses"), options.get("every", ""), options["decay"]]
         for problem in PROBLEMS:

@@ -212,7 +212,7 @@ class Plain:
     ) -> dict[str, Tensor]:
         """Measures tasks that are due and present over what two tasks have been seen to share."""
         values, gradients = self.differentiate(TASKS, parts)
-        due = set(TASKS) if self.count % every == 0 else self.due
+        due = set(TASKS) if self.count % every == 0 else self.due - self.squares.keys()
         measured = [task for task in values if task in due]
         parameters = list(self.model.parameters())
         for task in measured:

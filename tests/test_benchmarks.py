@@ -10,6 +10,7 @@ pytestmark = pytest.mark.slow
 SMALL = ["--width", "4", "--size", "32", "--batch-size", "2", "--original", "64"]
 SMALL += ["--methods", "joint", "--ways", "decoded", "fast"]
 ROOT = Path(__file__).parents[1]
+BALANCED = ("--methods", "balanced, features", "--times-only")
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
         ("steps", ["--width", "8", "--size", "32", "--memory", "joint"], 12),
         ("overhead", [], 3),
         ("data_sets", ["--tasks", "2"], 1),
-        ("features", ["--tasks", "2", "--size", "32", "--width", "4"], 16),
+        ("features", ["--tasks", "2", "--size", "32", "--width", "4", *BALANCED], 4),
         ("refuge_step", [*SMALL, "--eager"], 1 + 2),  # Its header has numbers too.
     ],
 )

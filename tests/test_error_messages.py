@@ -96,7 +96,8 @@ def test_a_combined_gradient_that_was_replaced_does_not_warn(method: str) -> Non
             parameter.grad = parameter.grad - parameter.grad.mean()
         optimizer.step()
         model.zero_grad()
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    if method != "gradnorm":  # It goes on watching one of `shared`.
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     plain_backward(model)
     with pytest.warns(UserWarning, match="did not make"):
         optimizer.step()

@@ -309,7 +309,11 @@ class MultiTaskOptimizer(Optimizer):
         return device_of(self._parameters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as torch takes it, for every task."""
+        """Adds a group of parameters, for every task.
+
+        Args:
+            param_group: As torch takes it.
+        """
         self._updater.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -91,8 +91,6 @@ def check_plain(optimizer: object, remedy: str) -> None:
         raise TypeError(f"{rule}: mtlopt optimizers cannot be nested; pass the one that it wraps.")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{rule}: {remedy}.")
-    if not hasattr(optimizer, "_optimizer_step_post_hooks"):  # As Accelerate's.
-        raise TypeError(f"{rule}, which wraps one: pass `optimizer.optimizer`.")
     if any(kind.__name__ == "CPUOffloadOptimizer" for kind in type(optimizer).__mro__):
         raise ValueError(
             "`optimizer` must step on the gradients in `.grad`, got torchao's "
@@ -100,3 +98,5 @@ def check_plain(optimizer: object, remedy: str) -> None:
             "whose copies of the weights would undo the other tasks' steps. To offload states: "
             "FSDP2 with `offload_policy=CPUOffloadPolicy()`; for smaller ones: torchao's AdamW8bit."
         )
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):  # As Accelerate's.
+        raise TypeError(f"{rule}, which wraps one: pass `optimizer.optimizer`.")

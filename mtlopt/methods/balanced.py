@@ -168,7 +168,7 @@ class Balanced(CombiningOptimizer):
             [self._root(self._averages.by_task.get(task, math.nan)) for task in self.tasks],
             [self._root(self._averages.latest.get(task, math.nan)) for task in self.tasks],
         ]
-        weights, norms, latest = torch.tensor(columns, dtype=torch.float64)
+        weights, norms, latest = torch.tensor(columns, dtype=torch.float64, device="cpu")
         sizes = weights * latest
         found = {"weights": weights, "norms": norms, "shares": sizes / sizes.nansum()}
         return found | self._skipped()
@@ -342,7 +342,7 @@ class Averages:
         by_task, due = self.earlier or (self.by_task, self.due)
         averages = [by_task.get(task, math.nan) for task in self.tasks]
         return {
-            "averages": torch.tensor(averages, dtype=torch.float64),
+            "averages": torch.tensor(averages, dtype=torch.float64, device="cpu"),
             "due": [task in due for task in self.tasks],
             "reached": [[t in own for t in self.tasks] for own in self.reached],
             "steps": self.steps,

@@ -38,12 +38,12 @@ def project_conflicts(
         >>> project_conflicts([[1.0, -1.0], [-1.0, 4.0]], [[1], [0]])
         [2.0, 1.25]
     """
-    products = torch.tensor(gram, dtype=torch.float64)
-    others = torch.tensor(orders, dtype=torch.long).view(len(gram), -1)
+    products = torch.tensor(gram, dtype=torch.float64, device="cpu")
+    others = torch.tensor(orders, dtype=torch.long, device="cpu").view(len(gram), -1)
     # A zero gradient conflicts with none, even if rounding says so.
     squares = products.diagonal().clone().masked_fill_(products.diagonal() <= 0, math.inf)[others]
     # Row i holds the coefficients of task i's gradient; all tasks take a projection at once.
-    own = torch.eye(len(gram), dtype=torch.float64)
+    own = torch.eye(len(gram), dtype=torch.float64, device="cpu")
     for other, square in zip(others.unbind(1), squares.unbind(1), strict=True):
         inner = (own * products.index_select(0, other)).sum(1)
         own.scatter_(1, other[:, None], -(inner.clamp(max=0) / square)[:, None])
