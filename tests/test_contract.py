@@ -85,6 +85,21 @@ def test_a_method_is_its_plain_loop_bit_for_bit(method: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
+def test_balanced_is_the_plain_weighted_sum_bit_for_bit(name: str) -> None:
+    """With the weights in force at each step, over two measurements, whatever the class."""
+    expected, model = make_network(name), make_network(name)
+    optimizer_class, options = CLASSES[name]
+    plain = optimizer_class(expected.parameters(), **copy.deepcopy(options))
+    optimizer = mtlopt.Balanced(optimizer_class(model.parameters(), **options), TASKS, every=5)
+    for x, y in batches(8):
+        optimizer.step(make_losses(model), x, y)
+        weights: Any = optimizer.weights
+        reference.joint(plain, make_losses(expected), TASKS, x, y, weights=weights)
+        assert_equal(snapshot(model), snapshot(expected))
+    assert len({*weights.values()}) == len(TASKS)
+
+
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("method", METHODS)
 def test_with_one_task_a_method_is_the_class_itself(method: str, name: str) -> None:
     expected, model = make_network(name), make_network(name)

@@ -40,7 +40,8 @@ class Problem:
     def __init__(self, seed: int) -> None:
         self.splits = load()
         self.model = MultiTaskUNet(width=8, norm="running")
-        self.features = list(self.model.encoder)
+        # Where the heads begin: glaucoma's after the encoder, the others' after the decoder.
+        self.features = [self.model.encoder[-1], self.model.decoder[-1]]
         self.shared = list(self.model.encoder_convolutions()[-1].parameters())
         self.draw = torch.Generator().manual_seed(seed)
 
