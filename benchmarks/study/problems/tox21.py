@@ -41,7 +41,7 @@ def load() -> dict[str, Split]:
         from rdkit.Chem import rdFingerprintGenerator
     except ImportError:
         raise SystemExit("Tox21 needs fingerprints: pip install rdkit.") from None
-    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]  # made at run time
+    RDLogger.DisableLog("rdApp.*")
     generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=BITS)
     prints, labels = [], []
     with open(FILE, encoding="utf-8") as file:
