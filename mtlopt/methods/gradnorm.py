@@ -305,13 +305,14 @@ class LossWeights:
             else:
                 seen.norm, seen.gradient = norms[task], gradients[task]
 
+    # Old versions of torch cannot compile tensors made of numbers.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # not typed in torch
     def learn(self, skipped: bool) -> None:
         """Takes one step of the observed tasks' weights, unless a number is not finite."""
         seen = {task: self.observed[task] for task in self.tasks if task in self.observed}
         self.observed.clear()
         if skipped:
             return
-        # Not torch.tensor, which old versions cannot compile for numbers that were tensors.
         norms = torch.stack([torch.full((), own.norm, **SINGLE) for own in seen.values()])
         losses = {task: own.mean_losses() for task, own in seen.items()}
         totals = [sum(own.values()) for own in losses.values()]

@@ -18,6 +18,8 @@ from mtlopt._gradients.losses import CheckFinite, Task
 Reduction = Literal["sum", "mean"]
 
 
+# Old versions of torch cannot compile `torch.tensor` of numbers from tensors.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # not typed in torch
 def project_conflicts(
     gram: Sequence[Sequence[float]], orders: Sequence[Sequence[int]]
 ) -> list[float]:
