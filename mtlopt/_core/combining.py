@@ -215,6 +215,11 @@ class CombiningOptimizer(MultiTaskOptimizer):
                 "optimizer.step(losses, *batch), or remove `features`."
             )
 
+    def _scale_of_gradients(self) -> Tensor:
+        """Returns the factor by which a scaler has multiplied the gradients, on their device."""
+        one = torch.ones((), device=self._device)
+        return one if self._scaling is None else self._scaling.scale(one)
+
     @property
     def _common_generator(self) -> torch.Generator | None:
         """Returns what ranks draw from, to draw alike; None for torch's own on one process."""

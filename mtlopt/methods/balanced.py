@@ -253,10 +253,6 @@ class Balanced(CombiningOptimizer):
         else:
             self._averages.finish()
 
-    def _scale_of_gradients(self) -> Tensor:
-        one = torch.ones((), device=self._device)
-        return one if self._scaling is None else self._scaling.scale(one)
-
     def _by_name(self) -> dict[str, float]:
         return {name: w for task, w in self.weights.items() for name in names_of(task)}
 

@@ -188,8 +188,7 @@ class GradNorm(CombiningOptimizer):
         gradients: Mapping[Task, list[Tensor]] | None = None,
     ) -> None:
         """Notes what the weights will learn from: numbers, by one copy from the device."""
-        one = torch.ones((), device=self._device)
-        unit = one if self._scaling is None else self._scaling.scale(one)
+        unit = self._scale_of_gradients()
         scale, *numbers = to_numbers([unit, *norms.values(), *values.values()])
         # A gradient is scaled; in the imperative form, so are the losses.
         losses = [

@@ -173,7 +173,7 @@ class Scalarized(CombiningOptimizer):
             # Any loss will do for an absent task, whose term is left out below.
             asked = {task: present.get(task, one) for task in self.tasks}
             self._rule.hold(places, self.state)
-        unit = one if self._scaling is None else self._scaling.scale(one)
+        unit = self._scale_of_gradients()
         losses = _stack(asked, self._device)
         losses = losses / unit if self._losses_are_scaled else losses
         if self._losses_are_scaled or self._scaling is not None:
