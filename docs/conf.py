@@ -33,7 +33,7 @@ html_css_files = ["site.css"]
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
-myst_enable_extensions = ["dollarmath", "attrs_block"]
+myst_enable_extensions = ["dollarmath", "attrs_block", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_inherit_docstrings = False  # torch's refer to names that torch's own pages define
@@ -51,23 +51,22 @@ nitpick_ignore_regex = [
 
 
 ROOT = Path(__file__).parents[1]
-FIGURES = {  # What figures/*.py write, and what they read beside the package
-    "gradient_norms.md": "examples/refuge/**/*.py",
-    "gradnorm_toy.png": "tests/gradnorm_toy.py",
-    "tour.png": "docs/getting-started.md",
-    "trajectories.png": "docs/figures/trajectories.py",
+FIGURES = {  # A script, one of the files that it writes, what it reads besides the package
+    "gradient_norms.py": ("gradient_norms.md", "examples/refuge/**/*.py"),
+    "gradnorm_toy.py": ("gradnorm_toy.png", "tests/gradnorm_toy.py"),
+    "tour.py": ("tour.png", "docs/getting-started.md"),
+    "trajectories.py": ("balanced-light.png", "docs/figures/trajectories.py"),
 }
 
 
 def draw_figures(app: Any) -> None:
     """Draws each figure that is missing, or older than the code that it shows."""
-    for name, sources in FIGURES.items():
-        product = ROOT / "docs/figures" / name
-        script = product.with_suffix(".py")
-        read = [script, *ROOT.glob("mtlopt/*.py"), *ROOT.glob(sources)]
+    for name, (product, sources) in FIGURES.items():
+        script, drawn = ROOT / "docs/figures" / name, ROOT / "docs/figures" / product
+        read = [script, *ROOT.glob("mtlopt/**/*.py"), *ROOT.glob(sources)]
         newest = max(file.stat().st_mtime for file in read)
-        if not product.exists() or product.stat().st_mtime < newest:
-            print(f"drawing {name}")
+        if not drawn.exists() or drawn.stat().st_mtime < newest:
+            print(f"running {name}")
             subprocess.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL)
 
 

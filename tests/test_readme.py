@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchjd.aggregation
+import torchjd.scalarization
 
 import mtlopt
 
@@ -173,15 +175,46 @@ def test_measurements_are_quoted_as_the_results_have_them() -> None:
     assert quoted <= measured
 
 
+CONSTRUCTORS = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", README.read_text("utf-8"), re.MULTILINE)
+
+
 def test_the_table_lists_every_method() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     methods = {
         name
         for name in mtlopt.__all__
         if isinstance(getattr(mtlopt, name), type)
         and issubclass(getattr(mtlopt, name), mtlopt.MultiTaskOptimizer)
     }
-    assert set(rows) == methods - {"MultiTaskOptimizer"}
+    assert {name for name, _ in CONSTRUCTORS} == methods - {"MultiTaskOptimizer"}
+
+
+@pytest.mark.parametrize(("name", "constructor"), CONSTRUCTORS)
+def test_a_constructor_in_the_table_trains(name: str, constructor: str) -> None:
+    names = surroundings()
+    given = names | {"mtlopt": mtlopt, "torch": torch, "torchjd": torchjd}
+    given["adam"] = torch.optim.Adam(names["model"].parameters(), lr=1e-3)
+    optimizer = eval(constructor, given)
+    assert type(optimizer).__name__ == name
+    model, criterion = names["model"], names["criterion"]
+
+    def losses(tasks: Sequence[str], images: Any, targets: Any) -> dict[str, torch.Tensor]:
+        outputs = model(images)
+        return {task: criterion[task](outputs[task], targets[task]) for task in tasks}
+
+    before = copy.deepcopy(model.heads)
+    optimizer.step(losses, *names["loader"][0])
+    for old, new in zip(before.parameters(), model.heads.parameters(), strict=True):
+        assert not torch.equal(old, new)
+
+
+def test_pages_that_the_readme_links_to_read_without_a_build() -> None:
+    """GitHub shows roles and directives as they are written, and has no ignored pictures."""
+    links = LINK.findall(FENCE.sub("", README.read_text(encoding="utf-8")))
+    pages = [ROOT / link for link in links if link.startswith("docs/")]
+    assert pages
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"^```\{|\{\w+:\w+\}`|^\{|figures/\w+\.png", text, re.MULTILINE), page
 
 
 def commands(*, with_make: bool) -> Iterator[str]:
