@@ -37,11 +37,11 @@ def load() -> dict[str, Split]:
             f"{FILE} is missing: put MoleculeNet's tox21.csv (smiles and 12 columns) there."
         )
     try:
-        from rdkit import Chem, RDLogger
+        from rdkit import Chem, rdBase
         from rdkit.Chem import rdFingerprintGenerator
     except ImportError:
         raise SystemExit("Tox21 needs fingerprints: pip install rdkit.") from None
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
     generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=BITS)
     prints, labels = [], []
     with open(FILE, encoding="utf-8") as file:
