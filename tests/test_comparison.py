@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+import re
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -25,10 +26,10 @@ def test_torchjd_has_twenty_aggregators_and_twelve_scalarizers() -> None:
     assert len(scalarizers) >= 12
 
 
-@pytest.mark.parametrize("word", ["torch.distributed", "GradNorm", "(Optimizer"])
-def test_torchjd_has_no_code_for_processes_no_gradnorm_and_no_optimizer_class(word: str) -> None:
+@pytest.mark.parametrize("code", [r"torch\.distributed", "GradNorm", r"class \w+\(.*Optimizer"])
+def test_torchjd_has_no_code_for_processes_no_gradnorm_and_no_optimizer_class(code: str) -> None:
     assert len(SOURCES) > 20
-    assert word not in "".join(SOURCES)
+    assert not re.search(code, "".join(SOURCES))
 
 
 def test_torchjds_pcgrad_draws_from_torchs_global_generator() -> None:
