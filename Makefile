@@ -6,8 +6,6 @@ VENV ?= .venv
 PYTHONS ?= python3.10 python3.13
 
 BIN := $(VENV)/bin
-# It runs programs of frameworks that want a newer torch.
-FRAMEWORKS_PAGE := tests/test_readme.py::test_the_code_of_a_page_runs_from_top_to_bottom[docs/how-to/a-data-set-per-task.md]
 TORCH_FLOOR := $(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: help demo test lint docs release floor matrix clean
@@ -51,8 +49,7 @@ matrix: floor
 floor: $(VENV)-floor/.installed
 	$(VENV)-floor/bin/python -m pytest -n auto --ignore tests/refuge --ignore tests/test_benchmarks.py \
 		--ignore-glob 'tests/test_integrations*' --ignore tests/test_study.py \
-		--ignore tests/test_data_sets.py --ignore tests/test_distributed_sparse.py \
-		--deselect '$(FRAMEWORKS_PAGE)'
+		--ignore tests/test_data_sets.py --ignore tests/test_distributed_sparse.py
 
 $(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
