@@ -5,7 +5,7 @@ python -m benchmarks.refuge_step
 The paper's configuration (width 64, 256 x 256 pixels, batch 8, Adam) with the paper's methods, as
 `train.py` trains them, in four ways:
 
-- decoded: each picture is read anew from its JPEG, and its mask from a BMP, decoded by as many
+- decoded: each picture is read again from its JPEG, and its mask from a BMP, decoded by as many
   threads as there are cores, resized, and its vCDR measured, in every epoch; true float32;
 - float32: pictures lie decoded on the device; true float32, no TF32;
 - tf32: the same with TF32 where convolutions may use it, torch's default (CUDA alone);

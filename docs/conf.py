@@ -85,7 +85,7 @@ def require_every_public_name(app: Any, env: Any) -> None:
 
 
 def show_public_bases(app: Any, name: str, obj: type, options: Any, bases: list[type]) -> None:
-    """Puts the nearest base that a reader can look up in the place of a private one."""
+    """Replaces a private base by the nearest one that a reader can look up."""
     public = {value for value in vars(mtlopt).values() if inspect.isclass(value)}
 
     def is_public(base: type) -> bool:

@@ -186,7 +186,7 @@ def stateful_loader(data: Any) -> Any:
 
 
 def stateful(data: Mapping[str, Any], saved: Batches) -> tuple[Iterator[Batches], Any]:
-    """Yields a batch per task for ever, and what saves the loaders' places."""
+    """Yields a batch per task without end, and what saves the loaders' places."""
     loaders = {task: stateful_loader(own) for task, own in data.items()}
     for task, place in saved.items():
         loaders[task].load_state_dict(place)

@@ -47,7 +47,7 @@ def test_a_call_does_what_its_time_allows_and_the_next_goes_on(tmp_path: Path) -
 
 
 def test_a_part_that_fails_leaves_its_log_and_the_others_go_on(tmp_path: Path) -> None:
-    """In the place of Python a program that knows no device, but writes what it is asked for."""
+    """Replaces Python by a program that knows no device, but writes what it is asked for."""
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/sh\n"

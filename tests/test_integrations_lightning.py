@@ -262,7 +262,7 @@ def test_the_learning_rate_finder_suggests_what_it_does_for_a_plain_module(
 
     def suggest(make: Any) -> float:
         torch.manual_seed(0)
-        # One batch for ever, or its noise would decide.
+        # The same batch at every step, or its noise would decide.
         batch = torch.utils.data.default_collate(goods.make_data(64))
         quiet: Any = dict.fromkeys(("logger", "enable_model_summary"), False)
         trainer = lightning.Trainer(

@@ -21,7 +21,7 @@ def measure_costs(name: str, methods: Sequence[str], repetitions: int) -> list[d
 
     Seconds are the mean CPU time of this process, which other programs on the machine do not count
     in; the methods take turns, so that what slows the machine slows them alike. A method that the
-    problem is not for has its error in the place of a time.
+    problem is not for has its error instead of a time.
     """
     torch.set_num_threads(1)
     problem_class = load(name)

@@ -559,7 +559,7 @@ def test_an_index_may_start_with_a_mark_and_hold_numbers_as_text(repacked: Path)
 
 
 def test_a_cache_never_keeps_labels_or_swapped_masks(repacked: Path, tmp_path: Path) -> None:
-    """Labels are read anew; masks of one size and one time swap their names."""
+    """Labels are read again; masks of one size and one time swap their names."""
     one, other = (repacked / f"test/seg/t0{i}.bmp" for i in (0, 1))
     Image.new("L", (SIZE, SIZE), 255).save(one)
     for file in (one, other):
