@@ -193,13 +193,14 @@ class CombiningOptimizer(MultiTaskOptimizer):
         else:
             result = self.base.step(closure)
             self._check_made()
+        self._ledger.reset()
         self._stepped(None)
         return result
 
     def _check_made(self) -> None:
         """Warns of gradients that the method did not make, where that makes a difference."""
         # A gradient that was replaced, such as a centralised one, has lost the ledger's record.
-        if self._ledger.made_last() or self._is_sum() or len(self.tasks) == 1:
+        if self._ledger.made_last or self._is_sum() or len(self.tasks) == 1:
             return
         parameters = self._parameters
         if self._ledger.status(parameters) != "made" and any(

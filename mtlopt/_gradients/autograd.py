@@ -193,12 +193,6 @@ def nodes_of(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
 
 # The ledger.
 
-
-def _note_backward(parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        parameter.grad._mtlopt_backward = True  # type: ignore[attr-defined]  # a note
-
-
 Status: TypeAlias = Literal["new", "made", "applied", "changed"]
 
 
@@ -215,8 +209,11 @@ class Ledger:
     as writing. Holding references here instead would keep the memory after `zero_grad`.
     """
 
+    made_last = False
+    """Whether a method made the last gradient, even if another tensor was assigned since."""
+
     def __init__(self) -> None:
-        self._stepped = self._made = False
+        self._stepped = False
         self._watch: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,35 +221,26 @@ class Ledger:
 
     def mark(self, parameters: Sequence[Tensor], status: Literal["made", "applied"]) -> None:
         """Records that a method made, or a step applied, the gradients of the parameters."""
-        self._stepped, self._made = status == "applied", status == "made"
         if self._watch is not None:
-            self._unwatch()
-        if self._made:
-            given = [p for p in parameters if p.grad is not None and p.requires_grad]
+            self.reset()
+        self._stepped, self.made_last = status == "applied", status == "made"
+        given = [parameter for parameter in parameters if parameter.grad is not None]
+        for parameter in [p for p in given if p.requires_grad][:1] if self.made_last else ():
             # A backward pass of the user's from here on, unlike an assignment, calls the hook.
-            for parameter in given[:1]:
-                self._watch = parameter.register_post_accumulate_grad_hook(self._forget_made)
-        for parameter in parameters:
-            if (gradient := parameter.grad) is not None:
-                gradient._mtlopt = status, gradient._version  # type: ignore[attr-defined]
-
-    def reset(self) -> None:
-        """Records that the gradients were cleared."""
-        self._stepped = self._made = False
+            self._watch = parameter.register_post_accumulate_grad_hook(self._forget_made)
+        for parameter in given:
+            gradient: Any = parameter.grad
+            gradient._mtlopt = status, gradient._version
 
     def _forget_made(self, parameter: Tensor) -> None:
-        self._made = False
+        self.made_last = False
 
-    def _unwatch(self) -> None:
+    def reset(self) -> None:
+        """Records that the gradients were cleared, or are no longer of interest."""
+        self._stepped = self.made_last = False
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
-
-    def made_last(self) -> bool:
-        """Returns whether a method made the last gradient, even if it was replaced; asked once."""
-        made, self._made = self._made, False
-        self._unwatch()
-        return made
 
     def status(self, parameters: Sequence[Tensor]) -> Status:
         """Returns the status of the gradients as a whole."""
@@ -268,12 +256,6 @@ class Ledger:
             return "applied"
         return "changed" if max(writes) == 1 else "new"
 
-    def watch(self, parameter: Tensor) -> None:
-        """Notes from now on which of the parameter's gradients come from backward passes."""
-        hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
-        if parameter.requires_grad and _note_backward not in (hooks or {}).values():
-            parameter.register_post_accumulate_grad_hook(_note_backward)
-
     def has_lost(self, parameter: Tensor) -> bool:
         """Returns whether a gradient that a method made was cleared, and not merely changed.
 
@@ -284,7 +266,7 @@ class Ledger:
         status, version = getattr(gradient, "_mtlopt", ("new", 0))
         if gradient is None or (status != "made" and is_sharded([gradient])):
             return True
-        if status != "made" and hasattr(gradient, "_mtlopt_backward"):
+        if status != "made" and not self.made_last:
             return True
         return version != gradient._version and not bool(local(gradient).any())
 

@@ -159,8 +159,6 @@ class GradNorm(CombiningOptimizer):
         if self._features is not None:
             return evaluation.at_features(self._features, self._observe_features, weights)
         self._forget_cleared_gradients()
-        if evaluation.prescaled:
-            self._ledger.watch(self.shared[0])
         return evaluation.add_measured_sum(self.shared, self._observe_shared, weights)
 
     def _observe_shared(self, rows: Rows) -> Mapping[Task, float]:
