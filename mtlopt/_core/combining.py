@@ -16,13 +16,7 @@ from mtlopt._gradients.arithmetic import Gradients, Rows, local
 from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.features import Features
-from mtlopt._gradients.losses import (
-    ReadyLosses,
-    Task,
-    Values,
-    check_parameters,
-    sum_tensors,
-)
+from mtlopt._gradients.losses import ReadyLosses, Task, Values, check_parameters
 from mtlopt._gradients.ranks import broadcast_parameters
 
 
@@ -104,10 +98,6 @@ class CombiningOptimizer(MultiTaskOptimizer):
         """Returns one gradient made of the tasks'; called even if all tasks are absent."""
         raise NotImplementedError
 
-    def _objective(self, values: Values) -> Tensor:
-        """Returns the value whose gradient is taken, for line-search optimizers (LBFGS)."""
-        return sum_tensors(list(values.values()))
-
     def _stepped(self, skipped: Tensor | None) -> None:
         """Learns from the step; `skipped` tells whether a scaler skipped the update."""
 
@@ -179,7 +169,7 @@ class CombiningOptimizer(MultiTaskOptimizer):
         evaluation = self._evaluation(losses, [()], prescaled=True, retain_graph=retain_graph)
         self._make_gradient(evaluation)
         self._ledger.mark(evaluation.parameters, "made")
-        self._warn()
+        self._warn_of_mistakes()
 
     def _step_on_grads(self, closure: Callable[[], Any] | None) -> Any:
         """Applies the gradients in `.grad`, as torch's `step` does."""
@@ -206,7 +196,7 @@ class CombiningOptimizer(MultiTaskOptimizer):
         if self._ledger.status(parameters) != "made" and any(
             local(parameter.grad).any() for parameter in parameters if parameter.grad is not None
         ):
-            self._warnings.plain_gradients(type(self).__name__)
+            self._warnings.warn("plain", type(self).__name__)
 
     def _refuse_ready_losses(self) -> None:
         if self._features is not None:

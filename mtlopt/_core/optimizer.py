@@ -32,6 +32,7 @@ from mtlopt._gradients.losses import (
     check_tasks,
     list_batches,
     names_of,
+    sum_tensors,
 )
 from mtlopt._gradients.ranks import choose_ranks
 from mtlopt._gradients.report import Report
@@ -161,8 +162,10 @@ class MultiTaskOptimizer(Optimizer):
         values = self._take_step(evaluation)
         self._ledger.mark(evaluation.parameters, "applied")
         self._empty_steps = 0 if values else self._empty_steps + 1
-        if self._report.mistakes or self._empty_steps == EMPTY_STEPS:
-            self._warn()
+        if self._empty_steps == EMPTY_STEPS:
+            self._warnings.warn("empty", str(list(self.tasks)))
+        if self._report.mistakes:
+            self._warn_of_mistakes()
         return values
 
     @abstractmethod
@@ -176,6 +179,10 @@ class MultiTaskOptimizer(Optimizer):
     @abstractmethod
     def _check_losses(self, losses: object, closure: object) -> None:
         """Refuses kinds of losses, and a closure, that do not fit the method."""
+
+    def _objective(self, values: Values) -> Tensor:
+        """Returns the value whose gradient is taken, for line-search optimizers (LBFGS)."""
+        return sum_tensors(list(values.values()))
 
     @abstractmethod
     def diagnostics(self) -> dict[str, Tensor]:
@@ -221,17 +228,13 @@ class MultiTaskOptimizer(Optimizer):
     def _was_applied(self) -> bool:
         """Returns whether `step()` found gradients that `step(losses)` applied; warns then."""
         status = self._ledger.status(self._parameters)
-        if self.warn_of_repeated_step and status == "changed":
-            self._warnings.changed_before_repeated_step()
-        if self.warn_of_repeated_step and status == "applied":
-            self._warnings.repeated_step()
+        if self.warn_of_repeated_step and status in ("applied", "changed"):
+            self._warnings.warn(status)
         return status == "applied"
 
-    def _warn(self) -> None:
+    def _warn_of_mistakes(self) -> None:
         while self._report.mistakes:
-            self._warnings.mistake(self._report.mistakes.pop(0))
-        if self._empty_steps == EMPTY_STEPS:
-            self._warnings.empty_steps(list(self.tasks))
+            self._warnings.warn(*self._report.mistakes.pop(0))
 
     def _after_update(self, *_: Any) -> None:
         # A scheduler on this optimizer asks whether a step came first, also one of the base's.

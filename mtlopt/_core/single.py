@@ -17,7 +17,8 @@ class Single:
 
     def __init__(self, optimizer: Optimizer, method: str) -> None:
         check_plain(optimizer, f"{method}(torch.optim.Adam(params, lr=...), tasks)")
-        self.base = optimizer
+        # Its own hooks fire around each update.
+        self.base = self.hooked = optimizer
         self.inner = [optimizer]
         self._turns: dict[Task, _Turn] = {}
 
@@ -35,11 +36,6 @@ class Single:
     @property
     def defaults(self) -> dict[str, Any]:
         return self.base.defaults
-
-    @property
-    def hooked(self) -> Optimizer:
-        """The optimizer whose own hooks fire around each update."""
-        return self.base
 
     def connect(self, owner: MultiTaskOptimizer) -> None:
         """Tells the owner of every update."""

@@ -226,6 +226,14 @@ class Rows:
         return combine(list(self.gradients.values()), coefficients, self.shared_only)
 
 
+def with_gaps(figures: Tensor, present: Sequence[int], count: int) -> Tensor:
+    """Returns the present tasks' (n,) or (n, n) figures in the places of all, NaN elsewhere."""
+    index = torch.tensor(present, dtype=torch.long, device="cpu")
+    all_figures = figures.new_full((count,) * figures.dim(), float("nan"))
+    all_figures[index if figures.dim() == 1 else (index[:, None], index)] = figures
+    return all_figures
+
+
 def cosines(gram: Tensor) -> Tensor:
     """Returns the (T, T) cosines from the inner products; 0 for a zero gradient."""
     norms = gram.diagonal().sqrt()

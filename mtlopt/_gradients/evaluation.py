@@ -47,7 +47,7 @@ from mtlopt._gradients.losses import (
     sum_tensors,
     weighted,
 )
-from mtlopt._gradients.report import Mistake, Report
+from mtlopt._gradients.report import Report
 from mtlopt._gradients.sums import Part, accumulate
 
 Forwards: TypeAlias = Literal["joint", "per-task", "per-pass"]
@@ -123,7 +123,7 @@ class Evaluation:
             return self._add_averaged_sum(names, weights)
         values: Values = {}
         for asked in [(name,) for name in names] if separate else [names]:
-            terms, means = self.ask(asked, self.batches[0], self.ranks)
+            terms, means, _ = self.ask(asked, self.batches[0], self.ranks)
             if self.forwards != "per-pass" and terms.keys() - self.report.searched:
                 self.report.search(terms, self.parameters)
             present = {name: mean.value for name, mean in means.items()}
@@ -196,12 +196,8 @@ class Evaluation:
         if len(self.batches) > 1 or self.ranks.wrapped or self.is_separate:
             return self._add_measured_passes(at, weigh, weights or {}, norms_of)
         modules = at if isinstance(at, Features) else None
-        recording: Any = nullcontext([]) if modules is None else modules.recording()
-        with recording as calls:
-            terms, means = self.ask(self.names, self.batches[0], self.ranks)
-        if modules is not None:
-            modules.check(calls, self.ranks, bool(terms))
-        tensors: Any = at if modules is None else [z for call in calls for z in call.outputs]
+        terms, means, outputs = self.ask(self.names, self.batches[0], self.ranks, at=modules)
+        tensors: Any = at if modules is None else outputs
         # Rows at features are of this process's samples, those at parameters are summed here.
         ranks = SINGLE_PROCESS if modules is None else self.ranks
         values = {name: mean.value for name, mean in means.items()}
@@ -254,7 +250,7 @@ class Evaluation:
         self.ranks.check_batches(count)
         for position, batch in enumerate(self.batches):
             with features.cutting() as cuts:
-                terms, means = self.ask(self.names, batch, self.ranks)
+                terms, means, _ = self.ask(self.names, batch, self.ranks)
             features.check(cuts, self.ranks, bool(terms))
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
@@ -272,7 +268,7 @@ class Evaluation:
                 # By how many tasks each tensor is used.
                 used = max(map(len, tasks_by_parameter(list(found.values()))))
                 if used < min(len(losses), 2):
-                    self.report.mistakes.append(Mistake("unshared" if used else "uncut"))
+                    self.report.mistakes.append(("unshared" if used else "uncut", None))
             values = {name: mean.value for name, mean in means.items()}
             # Present on some rank, so present here: without a loss its row is zero.
             present = present_tasks(self.tasks, values)
@@ -290,23 +286,31 @@ class Evaluation:
     # Asking.
 
     def ask(
-        self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks, final: bool = True
-    ) -> tuple[dict[str, Tensor], dict[str, Loss]]:
+        self,
+        names: Sequence[str],
+        batch: tuple[object, ...],
+        ranks: Ranks,
+        final: bool = True,
+        at: Features | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
         """Asks for losses on one batch; their averages are `final` if no other batch adds to them.
 
         Returns:
             The terms to differentiate here, each loss times this process's share of the samples;
-            and the averages of the present losses over all processes, without a graph.
+            the averages of the present losses over all processes, without a graph; and the outputs
+            of the modules `at`.
         """
-        if self.forwards == "per-task" or len(self.batches) > 1:
-            # `losses` may clear the gradients, to which an earlier call has contributed.
-            earlier = pop_grads(self.parameters)
-            try:
+        recording: Any = nullcontext([]) if at is None else at.recording()
+        with recording as calls:
+            if self.forwards == "per-task" or len(self.batches) > 1:
+                # `losses` may clear the gradients, to which an earlier call has contributed.
+                earlier = pop_grads(self.parameters)
+                try:
+                    present = self.losses(names, batch)
+                finally:
+                    add_to_grads(self.parameters, earlier)
+            else:
                 present = self.losses(names, batch)
-            finally:
-                add_to_grads(self.parameters, earlier)
-        else:
-            present = self.losses(names, batch)
         # Absent tasks are reported too: another process may have samples of them.
         means = ranks.agree({name: [present[name]] if name in present else [] for name in names})
         if final and self.losses.check_finite == "skip":
@@ -317,19 +321,9 @@ class Evaluation:
                 share = ranks.share(loss.samples, means[name].samples)
                 if share is not None:
                     terms[name] = weighted(loss.value, share)
-        return terms, means
-
-    def ask_recording(
-        self, names: Sequence[str], batch: tuple[object, ...], at: Features, final: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
-        """Asks on one of several micro-batches, and returns the modules' outputs too."""
-        with at.recording() as calls:
-            terms, means = self.ask(names, batch, self.ranks.per_micro_batch, final)
-        at.check(calls, self.ranks, bool(terms))
-        outputs = [output for call in calls for output in call.outputs]
-        for output in outputs:
-            output.retain_grad()  # A pass leaves a gradient here, as with the parameters.
-        return terms, means, outputs
+        if at is not None:
+            at.check(calls, self.ranks, bool(terms))
+        return terms, means, [output for call in calls for output in call.outputs]
 
     def join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
         """Returns the scaled sums of the terms of each part that has any."""

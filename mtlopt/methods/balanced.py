@@ -23,7 +23,6 @@ from mtlopt._gradients.losses import (
     sum_tensors,
     weighted,
 )
-from mtlopt._gradients.report import Mistake
 
 By: TypeAlias = Literal["gradients", "losses"]
 
@@ -227,7 +226,7 @@ class Balanced(CombiningOptimizer):
                 f"{lacking[0]!r} does not depend."
             )
         if len(lacking) == len(rows.gradients) and not rows.is_distributed:
-            self._report.mistakes.append(Mistake("uncut"))
+            self._report.mistakes.append(("uncut", None))
         return dict(zip(rows.gradients, rows.norms(), strict=True))
 
     def _note_losses(self, values: Values, scaled: bool) -> Mapping[str, float]:

@@ -11,7 +11,13 @@ from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
 from mtlopt._core.options import Options
-from mtlopt._gradients.arithmetic import Gradients, Rows, conflict_fraction, cosines
+from mtlopt._gradients.arithmetic import (
+    Gradients,
+    Rows,
+    conflict_fraction,
+    cosines,
+    with_gaps,
+)
 from mtlopt._gradients.evaluation import Forwards
 from mtlopt._gradients.losses import CheckFinite, Task
 
@@ -129,14 +135,10 @@ class PCGrad(CombiningOptimizer):
         if not self._seen:
             return self._skipped()
         products, coefficients, present = self._seen[-1]
-        index, count = torch.tensor(present, device="cpu"), len(self.tasks)
-        nan = torch.full((), float("nan"), dtype=torch.float64, device="cpu")
-        angles, weights = nan.repeat(count, count), nan.repeat(count)
-        angles[index[:, None], index] = cosines(products)
-        weights[index] = nan.new_tensor(coefficients)
+        weights, count = products.new_tensor(coefficients), len(self.tasks)
         return {
-            "cosines": angles,
-            "coefficients": weights,
+            "cosines": with_gaps(cosines(products), present, count),
+            "coefficients": with_gaps(weights, present, count),
             "conflict_fraction": conflict_fraction(products),
             **self._skipped(),
         }

@@ -17,7 +17,7 @@ from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of, sum_by_task
 from mtlopt._gradients.sums import average_losses
-from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, states_of
+from mtlopt.methods._torchjd import check_absent, drawing_from, restore, states_of
 
 
 class Scalarized(CombiningOptimizer):
@@ -165,7 +165,9 @@ class Scalarized(CombiningOptimizer):
         present = sum_by_task(self.tasks, values)
         if not present:
             return {}
-        absent = self._check_present(present)
+        absent = [task for task in self.tasks if task not in present]
+        if not self._separates:
+            check_absent("scalarizer", self.scalarizer, self.tasks, present)
         one = torch.ones((), device=self._device)
         asked = present
         places = [self.tasks.index(task) for task in absent]
@@ -202,17 +204,6 @@ class Scalarized(CombiningOptimizer):
                 f"`losses` must be in the domain of {type(self.scalarizer).__name__}, which is not "
                 f"finite at {values}: most rules need positive losses."
             )
-
-    def _check_present(self, present: Mapping[Task, Tensor]) -> list[Task]:
-        """Returns the absent tasks, or raises an error where the rule cannot miss them."""
-        absent = [task for task in self.tasks if task not in present]
-        reason = needs_all_tasks(self.scalarizer, len(self.tasks)) if absent else ""
-        if reason and not self._separates:
-            raise ValueError(
-                f"`scalarizer` {type(self.scalarizer).__name__} must see every task at every step: "
-                f"it has {reason}. Absent from this batch: {absent}."
-            )
-        return absent
 
     def _stepped(self, skipped: Tensor | None) -> None:
         self._rule.release(self.state)
