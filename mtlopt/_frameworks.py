@@ -1,6 +1,6 @@
 """Shared by the modules for frameworks: checks the optimizer and connects it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,6 @@ def reduce_in_ddp(module: nn.Module, device_ids: Any) -> nn.Module:
     )
 
 
-def sum_losses(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Returns the sum of some losses, or zero."""
-    return torch.stack(list(values)).sum() if values else torch.zeros((), device=device)
+def sum_losses(values: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Returns the sum of the losses, zero if there are none."""
+    return torch.stack([*values.values()]).sum() if values else torch.zeros((), device=device)

@@ -81,7 +81,7 @@ class MultiTaskModule(LightningModule):
         """
         self.log_dict({f"loss_{task}": value for task, value in values.items()})
         if values:
-            self.log("loss", sum_losses(list(values.values()), self.device), prog_bar=True)
+            self.log("loss", sum_losses(values, self.device), prog_bar=True)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Keeps the batch; the zero that it returns becomes the sum of the losses in the step."""
@@ -111,7 +111,7 @@ class MultiTaskModule(LightningModule):
         self._micro_batches = []
         if reported is not None:
             # The tensor that Lightning hands on when the batch ends: only now is the loss known.
-            reported.copy_(sum_losses(list(values.values()), reported.device))
+            reported.copy_(sum_losses(values, reported.device))
         self.log_losses(values)
 
     def _ask(self, tasks: Sequence[str], batch: Any) -> Any:

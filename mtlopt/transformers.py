@@ -119,9 +119,7 @@ class MultiTaskTrainer(Trainer):
         self._micro_batches.append((self._prepare_inputs(inputs),))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        train: Any = getattr(self._own, "train", None)
-        if train is not None:  # classes with modes (schedule-free)
-            train()
+        self._own.train()  # for classes with modes (schedule-free)
         if not self._own._model_is_wrapped:
             model = self.accelerator.unwrap_model(model)
         self._norms = []
@@ -132,7 +130,7 @@ class MultiTaskTrainer(Trainer):
         # the `step()` that follows, as over one in the middle of an accumulation.
         self._own.zero_grad()
         self.accelerator.sync_gradients = False
-        return sum_losses(list(values.values()), self.args.device)
+        return sum_losses(values, self.args.device)
 
     def evaluation_loop(
         self,
@@ -183,7 +181,7 @@ class MultiTaskTrainer(Trainer):
                 values[task] = value
                 pair = torch.stack([value.float() * count, torch.full_like(value.float(), count)])
                 self._evaluated.setdefault(task, []).append(pair)
-        total = sum_losses(list(values.values()), self.args.device)
+        total = sum_losses(values, self.args.device)
         if prediction_loss_only:
             return total, None, None
         ignored = {"loss", *(ignore_keys or ())}
