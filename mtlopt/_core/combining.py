@@ -160,10 +160,8 @@ class CombiningOptimizer(MultiTaskOptimizer):
         """Adds the combined gradient of ready losses to `.grad`, instead of `.backward()`.
 
         Args:
-            losses: Mapping from task to a scalar loss, (loss, count) or None, from one forward
-                pass.
-            retain_graph: Whether to keep the graph, as in torch: for another optimizer that needs
-                it too.
+            losses: Mapping from task to a scalar loss, (loss, count) or None.
+            retain_graph: Whether to keep the graph, as in torch, for another optimizer.
         """
         self._refuse_ready_losses()
         evaluation = self._evaluation(losses, [()], prescaled=True, retain_graph=retain_graph)

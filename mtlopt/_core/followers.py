@@ -15,32 +15,11 @@ KINDS = ("overrides", "pins", "adapted")
 """Reasons to keep a hyper-parameter: set for the task, to stay so at any value, or by a step."""
 
 
-class _Version:
-    """Remembers a tensor's version: unequal once it has been written to or replaced.
-
-    Comparing the numbers would wait for the device.
-    """
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.version = tensor._version
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Version)
-            and self.tensor is other.tensor
-            and self.version == other.version
-        )
-
-    __hash__ = None  # type: ignore[assignment]  # compared, never looked up
-
-
 def fingerprint(value: Any) -> Any:
     """Returns a value that differs once a hyper-parameter has changed."""
     if isinstance(value, Tensor):
-        return _Version(value)
+        # Comparing numbers would wait for the device. The tensor is kept for its id to be unique.
+        return id(value), value._version, value
     if isinstance(value, (tuple, list)):
         return [fingerprint(item) for item in value]
     return value
@@ -78,11 +57,6 @@ class Follower:
     task's own optimizer: an override, which stays until :meth:`reset`. A change that the
     optimizer itself makes during a step (a counter in its groups, a rate that it adapts) is not
     one, and is never overwritten.
-
-    Args:
-        own: The task's optimizer.
-        panel: The panel's groups.
-        kept: What :meth:`kept` returned; groups that came later have no names there.
     """
 
     def __init__(self, own: Optimizer, panel: Groups, kept: Mapping[str, list[list[str]]]) -> None:

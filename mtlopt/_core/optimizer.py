@@ -3,10 +3,9 @@
 import inspect
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ from mtlopt._gradients.losses import (
     list_batches,
     names_of,
     sum_tensors,
+    weighted,
 )
 from mtlopt._gradients.ranks import choose_ranks
 from mtlopt._gradients.report import Report
@@ -46,6 +46,9 @@ class MultiTaskOptimizer(Optimizer):
     """Base of all methods: a `torch.optim.Optimizer` that steps on the losses of several tasks.
 
     It is abstract, and the type of "any method". State dicts, copies and pickles work as in torch.
+    With ``check_finite=True`` a loss that is not finite raises; with "skip" its task is absent from
+    the step, and so is one whose gradient is not finite, where gradients are taken one by one. Both
+    wait for the device at every step.
 
     Example:
         >>> import torch, mtlopt
@@ -180,9 +183,14 @@ class MultiTaskOptimizer(Optimizer):
     def _check_losses(self, losses: object, closure: object) -> None:
         """Refuses kinds of losses, and a closure, that do not fit the method."""
 
+    def _weights_by_name(self) -> Mapping[str, float | Tensor]:
+        """Returns the weights of the losses in the objective; a name left out has weight 1."""
+        return {}
+
     def _objective(self, values: Values) -> Tensor:
         """Returns the value whose gradient is taken, for line-search optimizers (LBFGS)."""
-        return sum_tensors(list(values.values()))
+        weights = self._weights_by_name()
+        return sum_tensors([weighted(loss, weights.get(n, 1.0)) for n, loss in values.items()])
 
     @abstractmethod
     def diagnostics(self) -> dict[str, Tensor]:
@@ -192,7 +200,10 @@ class MultiTaskOptimizer(Optimizer):
         """
 
     def _skipped(self) -> dict[str, Tensor]:
-        return self._report.figures(self._tasks) if self.check_finite == "skip" else {}
+        if self.check_finite != "skip":
+            return {}
+        lost = [not self._report.skipped.isdisjoint(names_of(task)) for task in self._tasks]
+        return {"skipped": torch.tensor(lost, device="cpu")}
 
     def _evaluation(
         self,
@@ -383,14 +394,3 @@ class MultiTaskOptimizer(Optimizer):
         copy.__setstate__(deepcopy(self.__getstate__(), memo))
         copy._ledger.copied(copy._parameters)
         return copy
-
-
-def weak_hook(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a hook that does not keep the method's object, and all tasks' states, alive."""
-    reference = WeakMethod(method)
-
-    def hook(*arguments: Any) -> Any:
-        method = reference()
-        return None if method is None else method(*arguments)
-
-    return hook

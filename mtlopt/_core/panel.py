@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any
 from weakref import ref
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._core.followers import KINDS, Follower
-from mtlopt._core.optimizer import MultiTaskOptimizer, weak_hook
+from mtlopt._core.optimizer import MultiTaskOptimizer
+from mtlopt._core.single import weak_hook
 from mtlopt._core.state import SCHEDULERS, copied, copied_group, copied_state
 from mtlopt._gradients.autograd import drop_zeros, has_compiled
 from mtlopt._gradients.losses import Task
@@ -24,9 +26,6 @@ class Panel:
     """Updates each task with its own optimizer; its parameter groups are a control panel.
 
     Each task's optimizer follows the panel: before an update it takes what has changed there.
-
-    Args:
-        optimizers: The optimizers by task, alike.
     """
 
     hooked = None
@@ -42,7 +41,7 @@ class Panel:
                 f"several tasks, got {type(first).__name__} for {len(optimizers)}: each task's "
                 "average would be taken over weights that the other tasks moved."
             )
-        self.defaults = copied(first.defaults)
+        self.defaults: dict[str, Any] = copied(first.defaults)
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups = [copied_group(group) for group in first.param_groups]
         self._in_turn = False
@@ -172,11 +171,8 @@ class Panel:
 
     def state_dict(self) -> dict[str, Any]:
         self._follow_now()
-        groups, start = [], 0
-        for group in self.param_groups:
-            indices = list(range(start, start + len(group["params"])))
-            groups.append({**group, "params": indices})
-            start += len(indices)
+        place = count()
+        groups = [{**g, "params": [next(place) for _ in g["params"]]} for g in self.param_groups]
         optimizers = [optimizer.state_dict() for optimizer in self.inner]
         return {"param_groups": groups, "mtlopt": {"optimizers": optimizers, **self._kept()}}
 

@@ -79,18 +79,17 @@ class SequentialOptimizer(MultiTaskOptimizer):
         """Returns what the last step on losses saw, for the tasks in order.
 
         The norms cost a pass over the gradients, so they are taken from the first call on: call it
-        once before training to have them from the first step.
+        once before training to have them from the first step. Every rank must call it where the
+        parameters are sharded.
 
         Returns:
             ``gradient_norms`` (T,), the Euclidean norm of each task's gradient before any hook, NaN
             for an absent task and before the first call; ``skipped`` (T,), whether a task's update
-            was skipped because its gradient overflowed (or, with ``check_finite="skip"``, because
-            its loss or gradient was not finite). With ``record="updates"`` also what each
-            task's update changed in the parameters that several tasks share: ``update_norms``
-            (T,); ``update_cosines`` (T, T) between the tasks' updates, NaN for an absent task; and
-            ``update_shares`` (T,), each task's share of the decaying average (0.99 a step) of
+            was skipped. With ``record="updates"`` also what each task's update changed in the
+            parameters that several tasks share: ``update_norms`` (T,); ``update_cosines`` (T, T);
+            and ``update_shares`` (T,), each task's share of the decaying average (0.99 a step) of
             their squared norms, AdaTask's figure AU summed over the parameters. Empty before the
-            first step. With sharded parameters every rank must call it.
+            first step.
         """
         self._wants_norms[0] = True
         if not self._seen and not self._report.skipped:

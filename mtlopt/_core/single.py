@@ -1,14 +1,14 @@
 """Single: one optimizer that updates the parameters for all tasks."""
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
+from weakref import WeakMethod
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt._core.optimizer import MultiTaskOptimizer, weak_hook
+from mtlopt._core.optimizer import MultiTaskOptimizer
 from mtlopt._gradients.losses import Task
 
 
@@ -22,20 +22,12 @@ class Single:
         self.inner = [optimizer]
         self._turns: dict[Task, _Turn] = {}
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
+    param_groups = property(attrgetter("base.param_groups"))
+    state = property(attrgetter("base.state"))
+    defaults = property(attrgetter("base.defaults"))
 
     def assign_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        return self.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.base.defaults
 
     def connect(self, owner: MultiTaskOptimizer) -> None:
         """Tells the owner of every update."""
@@ -68,15 +60,13 @@ class Single:
 class _Turn:
     """Stands for the optimizer in one task's turn."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
+    param_groups = property(attrgetter("_base.param_groups"))
 
     def step(self, *args: Any) -> Any:
-        return self._optimizer.step(*args)
+        return self._base.step(*args)
 
 
 def check_plain(optimizer: object, remedy: str) -> None:
@@ -96,3 +86,14 @@ def check_plain(optimizer: object, remedy: str) -> None:
         )
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):  # As Accelerate's.
         raise TypeError(f"{rule}, which wraps one: pass `optimizer.optimizer`.")
+
+
+def weak_hook(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a hook that does not keep the method's object, and all tasks' states, alive."""
+    reference = WeakMethod(method)
+
+    def hook(*arguments: Any) -> Any:
+        method = reference()
+        return None if method is None else method(*arguments)
+
+    return hook

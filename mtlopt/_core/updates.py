@@ -13,11 +13,7 @@ DECAY = 0.99
 
 
 class Updates:
-    """Compares the shared parameters before and after each task's update.
-
-    Args:
-        count: How many tasks there are.
-    """
+    """Compares the shared parameters before and after each task's update."""
 
     def __init__(self, count: int) -> None:
         self.squares = torch.zeros(count, dtype=torch.float64, device="cpu")

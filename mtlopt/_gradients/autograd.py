@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ def backward(
         loss.backward(retain_graph=retain_graph, inputs=inputs)
     except RuntimeError as error:
         explain(error)
-        raise
     if without:
         drop_zeros(without)
 
@@ -41,14 +40,7 @@ def differentiate(
 ) -> Iterator[Gradients]:
     """Yields the gradient of each loss, from one shared graph, and leaves `.grad` as it was.
 
-    Args:
-        losses: T scalars with a graph.
-        parameters: P leaf tensors.
-        parameters_only: Whether to leave other leaves without a gradient.
-        retain_graph: Whether the graph is needed after the last pass.
-
-    Yields:
-        T lists of P gradients, which share no memory with other tensors.
+    The gradients share no memory with other tensors. With `parameters_only` other leaves get none.
     """
     earlier = pop_grads(parameters)
     last = len(losses) - 1
@@ -75,13 +67,12 @@ def grad_of(loss: Tensor, tensors: Sequence[Tensor]) -> Gradients:
         found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         explain(error)
-        raise
     gradients = dict(zip(map(id, wanted), found, strict=True))
     return [gradients.get(id(tensor)) for tensor in tensors]
 
 
-def explain(error: RuntimeError) -> None:
-    """Raises a clearer error where torch refused a second backward pass through a graph."""
+def explain(error: RuntimeError) -> NoReturn:
+    """Raises a clearer error if torch refused a second backward pass, or else the error itself."""
     if "backward through the graph a second time" in str(error):
         raise RuntimeError(
             "A loss shares its graph with one whose backward pass is over. Run the forward pass "
@@ -102,6 +93,7 @@ def explain(error: RuntimeError) -> None:
             "`forwards='per-task'`, or set torch._functorch.config.donated_buffer = False before "
             "compiling it."
         ) from error
+    raise error
 
 
 def pop_grads(parameters: Sequence[Tensor]) -> Gradients:
@@ -143,12 +135,9 @@ def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
 
 
 def drop_zeros(parameters: Iterable[Tensor], keep_if_all: bool = False) -> None:
-    """Sets zero gradients to None.
+    """Sets zero gradients to None; `keep_if_all` leaves them where all are zero.
 
-    Args:
-        parameters: Parameters to look at.
-        keep_if_all: Whether to keep them if all are zero: torch.distributed.checkpoint steps on
-            zeros to create the states that it loads into.
+    torch.distributed.checkpoint steps on zeros to create the states that it loads into.
     """
     given = [parameter for parameter in parameters if parameter.grad is not None]
     norms = [norm([parameter.grad]) for parameter in given]
@@ -192,8 +181,6 @@ def nodes_of(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
 
 
 # The ledger.
-
-Status: TypeAlias = Literal["new", "made", "applied", "changed"]
 
 
 class Ledger:
@@ -242,7 +229,7 @@ class Ledger:
             self._watch.remove()
             self._watch = None
 
-    def status(self, parameters: Sequence[Tensor]) -> Status:
+    def status(self, parameters: Sequence[Tensor]) -> Literal["new", "made", "applied", "changed"]:
         """Returns the status of the gradients as a whole."""
         given = [parameter.grad for parameter in parameters if parameter.grad is not None]
         records = [getattr(gradient, "_mtlopt", ("new", 0)) for gradient in given]
@@ -264,9 +251,8 @@ class Ledger:
         """
         gradient = parameter.grad
         status, version = getattr(gradient, "_mtlopt", ("new", 0))
-        if gradient is None or (status != "made" and is_sharded([gradient])):
-            return True
-        if status != "made" and not self.made_last:
+        replaced = status != "made"
+        if gradient is None or (replaced and (not self.made_last or is_sharded([gradient]))):
             return True
         return version != gradient._version and not bool(local(gradient).any())
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from mtlopt._gradients.arithmetic import Gradients, is_finite, is_sharded, to_numbers
@@ -47,11 +46,6 @@ class Report:
             others.pop(task, None)
             for name in names_of(task):
                 values.pop(name, None)
-
-    def figures(self, tasks: Iterable[Task]) -> dict[str, Tensor]:
-        """Returns ``skipped`` (T,), the tasks of which some name was left out."""
-        lost = [not self.skipped.isdisjoint(names_of(task)) for task in tasks]
-        return {"skipped": torch.tensor(lost, device="cpu")}
 
     def search(self, terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> None:
         """Searches each task's graph once for a parameter, where one pass serves all tasks."""

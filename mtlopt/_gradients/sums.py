@@ -42,12 +42,6 @@ def accumulate(
     of a backward pass, so each loss is first weighted as if all counts were the first one's, and
     the sum of gradients is corrected at the end. With equal counts the correction is exactly 1,
     and large counts do not overflow a float16 gradient.
-
-    Args:
-        evaluation: The losses to differentiate, and how.
-        parts: Names whose losses are differentiated together.
-        at: Modules at whose outputs gradients are wanted too.
-        weights: Loss weights by name, 1 if left out.
     """
     seen: dict[str, list[Loss]] = {name: [] for part in parts for name in part}
     sums = Sums({}, {}, {}, {})

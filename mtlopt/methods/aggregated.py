@@ -36,11 +36,9 @@ class Aggregated(CombiningOptimizer):
         aggregator: A ``torchjd.aggregation.Aggregator`` (TorchJD 0.18 or later).
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
-        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
-            as absent; both cost a synchronisation.
+        check_finite: Whether a loss that is not finite raises; "skip" leaves its task out.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
-        features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
-            combined there, and one backward pass carries the result through the trunk.
+        features: Modules whose outputs all tasks share, to combine there, as in :class:`PCGrad`.
 
     Raises:
         ImportError: If TorchJD is not installed.
