@@ -178,7 +178,8 @@ class Balanced(CombiningOptimizer):
         averages, parameters = self._averages, evaluation.parameters
         if self._features is not None:
             refuse_shards(parameters)
-        again = averages.earlier is not None and evaluation.prescaled and not self._needs_closure
+        began = averages.began or averages.earlier is not None
+        again = began and evaluation.prescaled and not self._needs_closure
         if again and all(self._ledger.has_lost(parameter) for parameter in parameters):
             averages.undo()  # Its gradients were cleared without a step, as after an overflow.
         averages.begin()
@@ -303,7 +304,8 @@ class Averages:
         self.earlier, self.began = None, False
 
     def undo(self) -> None:
-        """Forgets the measurement of a step that was not taken."""
+        """Forgets a step that was not taken, and its measurement."""
+        self.began = False
         if self.earlier is not None:
             (self.by_task, self.due), self.earlier = self.earlier, None
 
