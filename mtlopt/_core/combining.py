@@ -64,15 +64,6 @@ class CombiningOptimizer(MultiTaskOptimizer):
         """The wrapped optimizer, which updates the parameters."""
         return self._updater.base
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, with the first rank's values.
-
-        Args:
-            param_group: As torch takes it.
-        """
-        super().add_param_group(param_group)
-        broadcast_parameters(self.param_groups[-1]["params"], self.process_group)
-
     def _checked_shared(self, shared: Iterable[Tensor]) -> list[Tensor]:
         """Returns parameters to take norms over, or raises an error."""
         checked = check_parameters("shared", shared)

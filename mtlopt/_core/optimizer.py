@@ -34,7 +34,7 @@ from mtlopt._gradients.losses import (
     sum_tensors,
     weighted,
 )
-from mtlopt._gradients.ranks import choose_ranks
+from mtlopt._gradients.ranks import broadcast_parameters, choose_ranks
 from mtlopt._gradients.report import Report
 
 if TYPE_CHECKING:
@@ -323,12 +323,14 @@ class MultiTaskOptimizer(Optimizer):
         return device_of(self._parameters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, for every task.
+        """Adds a group of parameters, for every task, with the first rank's values.
 
         Args:
             param_group: As torch takes it.
         """
         self._updater.add_param_group(param_group)
+        if not self._model_is_wrapped:  # As DDP does for a model that it wraps.
+            broadcast_parameters(self.param_groups[-1]["params"], self.process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients.
@@ -336,7 +338,7 @@ class MultiTaskOptimizer(Optimizer):
         Args:
             set_to_none: Whether they become None, or zero. IndependentOptimizer refuses zeros.
         """
-        self._updater.zero_grad(set_to_none)
+        self._updater.zero_grad(set_to_none=set_to_none)
         self._ledger.reset()
 
     def train(self) -> None:

@@ -22,9 +22,12 @@ class Single:
         self.inner = [optimizer]
         self._turns: dict[Task, _Turn] = {}
 
+    # The optimizer's own, also after it has replaced them.
     param_groups = property(attrgetter("base.param_groups"))
     state = property(attrgetter("base.state"))
     defaults = property(attrgetter("base.defaults"))
+    add_param_group = property(attrgetter("base.add_param_group"))
+    zero_grad = property(attrgetter("base.zero_grad"))
 
     def assign_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
@@ -40,12 +43,6 @@ class Single:
         # (https://github.com/pytorch/pytorch/pull/26512).
         turn: Any = self._turns.setdefault(task, _Turn(self.base))
         yield turn
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.base.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool) -> None:
-        self.base.zero_grad(set_to_none=set_to_none)
 
     def set_mode(self, mode: str) -> None:
         getattr(self.base, mode, lambda: None)()
