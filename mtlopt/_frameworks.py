@@ -1,6 +1,6 @@
-"""Shared by the modules for frameworks: checks the optimizer and sets up the ranks."""
+"""Shared by the modules for frameworks: checks the optimizer and connects it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,12 @@ def check_optimizer(optimizer: object, source: str) -> MultiTaskOptimizer:
     return optimizer
 
 
-def expects_ddp(optimizer: MultiTaskOptimizer) -> bool:
-    """Returns whether the method expects a model in DDP, which reduces each task's gradient."""
-    return optimizer._model_is_wrapped
-
-
-def reduce_in_the_optimizer(optimizer: MultiTaskOptimizer) -> None:
-    """Gives all ranks to a method that reduces gradients itself, unless it has a group already."""
-    if optimizer.process_group is None:
+def connect(optimizer: MultiTaskOptimizer, scaler: Any, before_update: Any, ranks: int) -> None:
+    """Gives the optimizer the framework's scaler, hook and ranks, unless it has its own."""
+    optimizer.scaler = optimizer.scaler or scaler
+    optimizer.register_step_pre_hook(before_update)
+    reduces = not optimizer._model_is_wrapped  # Otherwise DDP reduces each task's gradient.
+    if ranks > 1 and reduces and optimizer.process_group is None:
         optimizer.process_group = dist.group.WORLD
 
 
@@ -52,6 +50,6 @@ def reduce_in_ddp(module: nn.Module, device_ids: Any) -> nn.Module:
     )
 
 
-def sum_losses(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Returns the sum of some losses, or zero."""
-    return torch.stack(list(values)).sum() if values else torch.zeros((), device=device)
+def sum_losses(values: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Returns the sum of the losses, zero if there are none."""
+    return torch.stack([*values.values()]).sum() if values else torch.zeros((), device=device)

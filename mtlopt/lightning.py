@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlopt._core.optimizer import MultiTaskOptimizer
-from mtlopt._frameworks import (
-    check_optimizer,
-    expects_ddp,
-    reduce_in_ddp,
-    reduce_in_the_optimizer,
-    sum_losses,
-)
+from mtlopt._frameworks import check_optimizer, connect, reduce_in_ddp, sum_losses
 
 try:
     from lightning.pytorch import LightningModule
@@ -35,15 +29,10 @@ class MultiTaskModule(LightningModule):
     """A LightningModule that trains several tasks with an optimizer of this package.
 
     Write :meth:`losses` and ``configure_optimizers``; there is no ``training_step`` to write.
-    Everything else is Lightning's own: ``max_steps``, ``accumulate_grad_batches`` (each task's
-    gradient is averaged over the batches that have its labels), ``gradient_clip_val`` (around each
-    update: a step per task is clipped per task), ``precision`` with its scaler, schedulers by their
-    ``interval``, ``ModelCheckpoint``. Each task's loss is logged as ``loss_<task>`` and their sum
-    as ``loss``, which the progress bar shows. The sum is also what Lightning takes for the step's
-    loss: callbacks and the learning-rate finder read it.
-
-    On several devices choose ``strategy="ddp"``. A step per task then goes through DDP, and the
-    methods that combine gradients reduce them themselves.
+    Everything else is Lightning's own. ``accumulate_grad_batches`` averages each task's gradient
+    over the batches that have its labels, and ``gradient_clip_val`` clips before each update. Each
+    task's loss is logged as ``loss_<task>`` and their sum as ``loss``, which Lightning takes for
+    the step's loss. On several devices choose ``strategy="ddp"``.
 
     Example:
         >>> import torch, lightning, mtlopt
@@ -92,31 +81,17 @@ class MultiTaskModule(LightningModule):
         """
         self.log_dict({f"loss_{task}": value for task, value in values.items()})
         if values:
-            self.log("loss", sum_losses(list(values.values()), self.device), prog_bar=True)
+            self.log("loss", sum_losses(values, self.device), prog_bar=True)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Keeps the batch for the step.
-
-        Args:
-            batch: A batch.
-            batch_idx: Its number in the epoch.
-
-        Returns:
-            Zero, which becomes the sum of the losses once the step has been taken.
-        """
+        """Keeps the batch; the zero that it returns becomes the sum of the losses in the step."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._micro_batches = []
         self._micro_batches.append((batch,))
         return torch.zeros((), device=self.device)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the optimizer takes the backward passes.
-
-        Args:
-            loss: What :meth:`training_step` returned.
-            *args: Lightning's.
-            **kwargs: Lightning's.
-        """
+        """Does nothing: the optimizer takes the backward passes."""
 
     def optimizer_step(
         self,
@@ -125,14 +100,7 @@ class MultiTaskModule(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Steps on the batches kept, in the place of Lightning's closure.
-
-        Args:
-            epoch: Number of the epoch.
-            batch_idx: Number of the batch.
-            optimizer: Lightning's wrapper of the optimizer.
-            optimizer_closure: Calls :meth:`training_step`.
-        """
+        """Steps on the batches that were kept, after the closure, which calls training_step."""
         strategy: Any = self.trainer.strategy
         # Nothing goes backward through Lightning's own wrapper.
         in_ddp = isinstance(strategy, DDPStrategy)
@@ -143,7 +111,7 @@ class MultiTaskModule(LightningModule):
         self._micro_batches = []
         if reported is not None:
             # The tensor that Lightning hands on when the batch ends: only now is the loss known.
-            reported.copy_(sum_losses(list(values.values()), reported.device))
+            reported.copy_(sum_losses(values, reported.device))
         self.log_losses(values)
 
     def _ask(self, tasks: Sequence[str], batch: Any) -> Any:
@@ -155,25 +123,21 @@ class MultiTaskModule(LightningModule):
         if optimizer is self._prepared[0]:
             return self._prepared[0]
         own = check_optimizer(optimizer, "configure_optimizers")
-        own.scaler = own.scaler or self.trainer.scaler
-        own.register_step_pre_hook(self._before_update)
-        wrapper = None
-        if self.trainer.world_size > 1:
-            strategy = self.trainer.strategy
-            if not isinstance(strategy, DDPStrategy):
-                raise ValueError(
-                    'MultiTaskModule must run on one device or under Trainer(strategy="ddp"), '
-                    f"got {type(strategy).__name__}."
-                )
-            if expects_ddp(own):
-                wrapper = reduce_in_ddp(self, strategy.determine_ddp_device_ids())
-            else:
-                reduce_in_the_optimizer(own)
+        strategy: Any = self.trainer.strategy
+        ranks, wrapper = self.trainer.world_size, None
+        if ranks > 1 and not isinstance(strategy, DDPStrategy):
+            raise ValueError(
+                'MultiTaskModule must run on one device or under Trainer(strategy="ddp"), '
+                f"got {type(strategy).__name__}."
+            )
+        connect(own, self.trainer.scaler, self._before_update, ranks)
+        if ranks > 1 and own._model_is_wrapped:
+            wrapper = reduce_in_ddp(self, strategy.determine_ddp_device_ids())
         self._prepared = (own, wrapper)
         return own
 
     def _before_update(self, updating: Optimizer, args: Any, kwargs: Any) -> None:
-        """What Lightning does between the backward pass and the update, for each update."""
+        """Does before each update what Lightning does before the update of a plain optimizer."""
         trainer: Any = self.trainer
         for callback in trainer.callbacks:
             callback.on_before_optimizer_step(trainer, self, updating)

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from mtlopt._core.optimizer import MultiTaskOptimizer
-from mtlopt._frameworks import check_optimizer, expects_ddp, reduce_in_the_optimizer, sum_losses
+from mtlopt._frameworks import check_optimizer, connect, sum_losses
 from mtlopt._gradients.losses import names_of
 
 try:
@@ -29,22 +29,17 @@ __all__ = ["MultiTaskTrainer"]
 class MultiTaskTrainer(Trainer):
     """A Trainer that trains several tasks with an optimizer of this package.
 
-    Write :meth:`losses` and :meth:`make_optimizer`. The optimizer that `make_optimizer` wraps is
-    the one that Trainer would have used: its class, its learning rate and its groups with and
-    without weight decay come from the ``TrainingArguments``. So do ``max_steps``, the schedule,
-    ``gradient_accumulation_steps`` (each task's gradient is averaged over the batches that have its
-    labels), ``max_grad_norm`` (around each update: a step per task is clipped per task), mixed
-    precision and checkpoints. The mean of each task's loss is logged as ``loss_<task>``;
-    ``grad_norm`` is the largest of the last batch's updates.
+    Write :meth:`losses` and :meth:`make_optimizer`, which wraps the optimizer that Trainer would
+    have used. The ``TrainingArguments`` mean what they always do. ``gradient_accumulation_steps``
+    averages each task's gradient over the batches that have its labels, and ``max_grad_norm`` clips
+    before each update. The mean of each task's loss is logged as ``loss_<task>``; ``grad_norm`` is
+    the largest of the last batch's updates.
 
     Set ``remove_unused_columns=False`` where the model's ``forward`` does not name the targets.
     ``evaluate()`` returns each task's loss as ``eval_loss_<task>`` and their sum as ``eval_loss``.
     ``compute_metrics`` and ``predict()`` get what the model returned while :meth:`losses` called
     it, and as labels the entries of the batch that ``label_names`` lists, or else those that are
-    named after tasks.
-
-    On several devices it runs under DDP, as Trainer does. A step per task then goes through DDP,
-    and the methods that combine gradients reduce them themselves.
+    named after tasks. On several devices it runs under DDP, as Trainer does.
 
     Example:
         >>> import torch, mtlopt
@@ -93,14 +88,7 @@ class MultiTaskTrainer(Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Makes the optimizer before training.
-
-        Args:
-            model: The model, if it is not the trainer's own.
-
-        Returns:
-            What :meth:`make_optimizer` returned.
-        """
+        """Returns what :meth:`make_optimizer` makes of Trainer's optimizer, ready for training."""
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise ValueError(
@@ -117,33 +105,22 @@ class MultiTaskTrainer(Trainer):
             self.optimizer = own
         if own is not getattr(self, "_own", None):
             self._own = own
-            own.scaler = own.scaler or self.accelerator.scaler
-            own.register_step_pre_hook(self._before_update)
-            if self.args.world_size > 1 and not expects_ddp(own):
-                reduce_in_the_optimizer(own)
+            connect(own, self.accelerator.scaler, self._before_update, self.args.world_size)
         return own
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Steps when the last batch of an accumulation is there.
+        """Steps on the last batch of an accumulation, and returns the sum of the losses.
 
-        Args:
-            model: The model, wrapped as Trainer wraps it.
-            inputs: A batch.
-            num_items_in_batch: Not used: give a count beside the loss, ``(loss, count)``.
-
-        Returns:
-            The sum of the losses, detached; zero where batches are kept for the step.
+        `num_items_in_batch` is not used: :meth:`losses` returns ``(loss, count)`` where it matters.
         """
         model.train()
         self._micro_batches.append((self._prepare_inputs(inputs),))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        train: Any = getattr(self._own, "train", None)
-        if train is not None:  # classes with modes (schedule-free)
-            train()
-        if not expects_ddp(self._own):
+        self._own.train()  # for classes with modes (schedule-free)
+        if not self._own._model_is_wrapped:
             model = self.accelerator.unwrap_model(model)
         self._norms = []
         values = self._own.step(partial(self._ask, model), micro_batches=self._micro_batches)
@@ -153,7 +130,7 @@ class MultiTaskTrainer(Trainer):
         # the `step()` that follows, as over one in the middle of an accumulation.
         self._own.zero_grad()
         self.accelerator.sync_gradients = False
-        return sum_losses(list(values.values()), self.args.device)
+        return sum_losses(values, self.args.device)
 
     def evaluation_loop(
         self,
@@ -163,18 +140,7 @@ class MultiTaskTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Evaluates, as Trainer does, and adds each task's loss to the metrics.
-
-        Args:
-            dataloader: Batches.
-            description: What is done.
-            prediction_loss_only: Whether neither outputs nor labels are wanted.
-            ignore_keys: Outputs to leave out.
-            metric_key_prefix: Start of the metrics' names.
-
-        Returns:
-            Trainer's result. Losses are averaged over batches, by their counts.
-        """
+        """Evaluates as Trainer does; the metrics gain each task's loss, averaged by count."""
         if not hasattr(self, "_own"):  # before any training
             self.create_optimizer()
         self._evaluated: dict[str, list[Tensor]] = {}
@@ -199,17 +165,7 @@ class MultiTaskTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Any, Any]:
-        """Evaluates a batch.
-
-        Args:
-            model: The model.
-            inputs: The batch.
-            prediction_loss_only: Whether neither outputs nor labels are wanted.
-            ignore_keys: Outputs to leave out.
-
-        Returns:
-            The sum of the losses, the model's outputs and the labels, as Trainer's own.
-        """
+        """Returns the sum of the losses on a batch, the model's outputs and the labels."""
         inputs, tasks = self._prepare_inputs(inputs), names_of(*self._own.tasks)
         returned: list[Any] = []
         hook = model.register_forward_hook(lambda module, given, output: returned.append(output))
@@ -225,7 +181,7 @@ class MultiTaskTrainer(Trainer):
                 values[task] = value
                 pair = torch.stack([value.float() * count, torch.full_like(value.float(), count)])
                 self._evaluated.setdefault(task, []).append(pair)
-        total = sum_losses(list(values.values()), self.args.device)
+        total = sum_losses(values, self.args.device)
         if prediction_loss_only:
             return total, None, None
         ignored = {"loss", *(ignore_keys or ())}
@@ -240,13 +196,7 @@ class MultiTaskTrainer(Trainer):
         return total, _single(outputs), _single(labels)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs, beside what Trainer logs, the mean of each task's loss since the last time.
-
-        Args:
-            logs: What to log.
-            *args: Trainer's.
-            **kwargs: Trainer's.
-        """
+        """Logs the mean of each task's loss since the last call too."""
         if "loss" in logs:
             if self._norms:
                 logs["grad_norm"] = torch.stack(self._norms).max().item()

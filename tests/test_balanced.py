@@ -497,6 +497,31 @@ def test_a_step_without_tasks_does_not_count() -> None:
     assert optimizer.weights != weights
 
 
+@pytest.mark.parametrize("lost", ["overflow", "cleared", "cleared between measurements"])
+def test_a_step_without_tasks_does_not_count_for_one_that_was_not_taken(lost: str) -> None:
+    model = Network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0) if lost == "overflow" else None
+    optimizer = make(model, every=2, scaler=scaler)
+    x, y = batches(1)[0]
+    losses = make_losses(model)
+    if lost == "cleared between measurements":
+        optimizer.step(losses, x, y)
+    if lost == "overflow":
+        optimizer.step({task: loss * math.inf for task, loss in losses(TASKS, x, y).items()})
+    else:
+        optimizer.backward(losses(TASKS, x, y))
+    optimizer.zero_grad()
+    optimizer.backward({})
+    optimizer.step()
+    if lost != "cleared between measurements":
+        optimizer.step(losses, x, y)
+    weights = optimizer.weights
+    optimizer.step(losses, x, y)
+    assert optimizer.weights == weights
+    optimizer.step(losses, x, y)
+    assert optimizer.weights != weights
+
+
 def test_a_zero_or_infinite_norm_is_not_noted() -> None:
     w = leaf(1.0, 1.0, dtype=torch.float64)
     optimizer = mtlopt.Balanced(SGD([w], lr=0.0), ["a", "b"], every=1)

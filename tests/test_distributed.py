@@ -270,6 +270,21 @@ def lack(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def grow(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    for method in ("pcgrad", "simultaneous"):
+        optimizer = make(method, Network(), process_group=dist.group.WORLD)
+        added = torch.full((2,), float(rank), requires_grad=True)
+        optimizer.add_param_group({"params": [added]})
+        assert not added.any(), method
+    dist.destroy_process_group()
+
+
+def test_an_added_group_has_the_first_ranks_values(tmp_path: Path) -> None:
+    """As all parameters have that are given to the constructor."""
+    start(grow, str(tmp_path), ranks=2)
+
+
 def test_ranks_that_do_not_match_are_an_error_on_all_not_a_deadlock(tmp_path: Path) -> None:
     """A task that one lacks, a model that nobody wrapped, and one that is wrapped wrongly."""
     start(lack, str(tmp_path), ranks=2)

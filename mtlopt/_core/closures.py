@@ -25,11 +25,8 @@ def make_closure(
 ) -> Callable[[], Any]:
     """Makes a closure in torch's sense, whose first call uses the gradient taken already.
 
-    Args:
-        values: The losses whose gradient is in `.grad`.
-        evaluate: Takes the gradient at the present weights and returns the losses there.
-        objective: Returns the scalar that the gradient belongs to, for line searches.
-        parameters: The parameters of the gradient.
+    That gradient is of `values` at the `parameters`. Further calls `evaluate` it again. They return
+    the scalar `objective` that it belongs to, for line searches.
     """
     first = [values]
     versions = [parameter._version for parameter in parameters]

@@ -16,13 +16,7 @@ from mtlopt._gradients.arithmetic import Gradients, Rows, local
 from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.features import Features
-from mtlopt._gradients.losses import (
-    ReadyLosses,
-    Task,
-    Values,
-    check_parameters,
-    sum_tensors,
-)
+from mtlopt._gradients.losses import ReadyLosses, Task, Values, check_parameters
 from mtlopt._gradients.ranks import broadcast_parameters
 
 
@@ -70,15 +64,6 @@ class CombiningOptimizer(MultiTaskOptimizer):
         """The wrapped optimizer, which updates the parameters."""
         return self._updater.base
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, with the first rank's values.
-
-        Args:
-            param_group: As torch takes it.
-        """
-        super().add_param_group(param_group)
-        broadcast_parameters(self.param_groups[-1]["params"], self.process_group)
-
     def _checked_shared(self, shared: Iterable[Tensor]) -> list[Tensor]:
         """Returns parameters to take norms over, or raises an error."""
         checked = check_parameters("shared", shared)
@@ -103,10 +88,6 @@ class CombiningOptimizer(MultiTaskOptimizer):
     def _combine(self, rows: Rows) -> Gradients:
         """Returns one gradient made of the tasks'; called even if all tasks are absent."""
         raise NotImplementedError
-
-    def _objective(self, values: Values) -> Tensor:
-        """Returns the value whose gradient is taken, for line-search optimizers (LBFGS)."""
-        return sum_tensors(list(values.values()))
 
     def _stepped(self, skipped: Tensor | None) -> None:
         """Learns from the step; `skipped` tells whether a scaler skipped the update."""
@@ -170,16 +151,14 @@ class CombiningOptimizer(MultiTaskOptimizer):
         """Adds the combined gradient of ready losses to `.grad`, instead of `.backward()`.
 
         Args:
-            losses: Mapping from task to a scalar loss, (loss, count) or None, from one forward
-                pass.
-            retain_graph: Whether to keep the graph, as in torch: for another optimizer that needs
-                it too.
+            losses: Mapping from task to a scalar loss, (loss, count) or None.
+            retain_graph: Whether to keep the graph, as in torch, for another optimizer.
         """
         self._refuse_ready_losses()
         evaluation = self._evaluation(losses, [()], prescaled=True, retain_graph=retain_graph)
         self._make_gradient(evaluation)
         self._ledger.mark(evaluation.parameters, "made")
-        self._warn()
+        self._warn_of_mistakes()
 
     def _step_on_grads(self, closure: Callable[[], Any] | None) -> Any:
         """Applies the gradients in `.grad`, as torch's `step` does."""
@@ -193,19 +172,20 @@ class CombiningOptimizer(MultiTaskOptimizer):
         else:
             result = self.base.step(closure)
             self._check_made()
+        self._ledger.reset()
         self._stepped(None)
         return result
 
     def _check_made(self) -> None:
         """Warns of gradients that the method did not make, where that makes a difference."""
         # A gradient that was replaced, such as a centralised one, has lost the ledger's record.
-        if self._ledger.made_last() or self._is_sum() or len(self.tasks) == 1:
+        if self._ledger.made_last or self._is_sum() or len(self.tasks) == 1:
             return
         parameters = self._parameters
         if self._ledger.status(parameters) != "made" and any(
             local(parameter.grad).any() for parameter in parameters if parameter.grad is not None
         ):
-            self._warnings.plain_gradients(type(self).__name__)
+            self._warnings.warn("plain", type(self).__name__)
 
     def _refuse_ready_losses(self) -> None:
         if self._features is not None:

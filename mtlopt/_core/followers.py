@@ -1,6 +1,6 @@
 """Follower: keeps one task's hyper-parameters in step with the control panel's."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -11,34 +11,15 @@ from torch.optim import Optimizer
 from mtlopt._core.state import NOT_OPTIONS, copied
 
 Groups = list[dict[str, Any]]
-
-
-class _Version:
-    """Remembers a tensor's version: unequal once it has been written to or replaced.
-
-    Comparing the numbers would wait for the device.
-    """
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.version = tensor._version
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Version)
-            and self.tensor is other.tensor
-            and self.version == other.version
-        )
-
-    __hash__ = None  # type: ignore[assignment]  # compared, never looked up
+KINDS = ("overrides", "pins", "adapted")
+"""Reasons to keep a hyper-parameter: set for the task, to stay so at any value, or by a step."""
 
 
 def fingerprint(value: Any) -> Any:
     """Returns a value that differs once a hyper-parameter has changed."""
     if isinstance(value, Tensor):
-        return _Version(value)
+        # Comparing numbers would wait for the device. The tensor is kept for its id to be unique.
+        return id(value), value._version, value
     if isinstance(value, (tuple, list)):
         return [fingerprint(item) for item in value]
     return value
@@ -78,19 +59,13 @@ class Follower:
     one, and is never overwritten.
     """
 
-    def __init__(
-        self,
-        own: Optimizer,
-        panel: Groups,
-        overrides: list[list[str]] | None = None,
-        pins: list[list[str]] | None = None,
-        adapted: list[list[str]] | None = None,
-    ) -> None:
+    def __init__(self, own: Optimizer, panel: Groups, kept: Mapping[str, list[list[str]]]) -> None:
         self.own = own
-        self._overrides = _as_sets(overrides, len(panel))
-        self._pins = _as_sets(pins, len(panel))
-        # What the optimizer has changed by itself.
-        self._adapted = _as_sets(adapted, len(panel))
+        self._kept = {
+            kind: [set(names) for names in found + [[]] * (len(panel) - len(found))]
+            for kind, found in ((kind, kept.get(kind, [])) for kind in KINDS)
+        }
+        self._overrides, self._pins, self._adapted = self._kept.values()
         self._parameters = [list(group["params"]) for group in panel]
         # Some classes have options in their groups that are not among their defaults.
         self._keys = [
@@ -106,20 +81,9 @@ class Follower:
         self._panel = [_Snapshot(*pair) for pair in zip(panel, self._keys, strict=True)]
         self._given = [_Snapshot(*pair) for pair in zip(own.param_groups, self._keys, strict=True)]
 
-    @property
-    def overrides(self) -> list[list[str]]:
-        """The names of the overridden hyper-parameters of each group."""
-        return [sorted(keys) for keys in self._overrides]
-
-    @property
-    def pins(self) -> list[list[str]]:
-        """The names of the overridden hyper-parameters that stay so at any value."""
-        return [sorted(keys) for keys in self._pins]
-
-    @property
-    def adapted(self) -> list[list[str]]:
-        """The names of the hyper-parameters of each group that the optimizer changes itself."""
-        return [sorted(keys) for keys in self._adapted]
+    def kept(self, kind: str) -> list[list[str]]:
+        """Returns for each group the names that are not taken from the panel for one reason."""
+        return [sorted(names) for names in self._kept[kind]]
 
     def pin(self, keys: Iterable[str], panel: Groups) -> None:
         """Keeps hyper-parameters at their present values."""
@@ -208,11 +172,6 @@ class Follower:
         # A scheduler that is still attached is an override only once it changes something.
         self._ignored = hasattr(self.own.step, "_wrapped_by_lr_sched")
         self._had_initial = ["initial_lr" in group for group in self.own.param_groups]
-
-
-def _as_sets(keys: list[list[str]] | None, count: int) -> list[set[str]]:
-    given = keys or []
-    return [set(names) for names in given + [[]] * (count - len(given))]
 
 
 def _give(own: dict[str, Any], key: str, value: Any) -> None:

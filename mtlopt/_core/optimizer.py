@@ -3,10 +3,9 @@
 import inspect
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -32,8 +31,10 @@ from mtlopt._gradients.losses import (
     check_tasks,
     list_batches,
     names_of,
+    sum_tensors,
+    weighted,
 )
-from mtlopt._gradients.ranks import choose_ranks
+from mtlopt._gradients.ranks import broadcast_parameters, choose_ranks
 from mtlopt._gradients.report import Report
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class MultiTaskOptimizer(Optimizer):
     """Base of all methods: a `torch.optim.Optimizer` that steps on the losses of several tasks.
 
     It is abstract, and the type of "any method". State dicts, copies and pickles work as in torch.
+    With ``check_finite=True`` a loss that is not finite raises; with "skip" its task is absent from
+    the step, and so is one whose gradient is not finite, where gradients are taken one by one. Both
+    wait for the device at every step.
 
     Example:
         >>> import torch, mtlopt
@@ -161,8 +165,10 @@ class MultiTaskOptimizer(Optimizer):
         values = self._take_step(evaluation)
         self._ledger.mark(evaluation.parameters, "applied")
         self._empty_steps = 0 if values else self._empty_steps + 1
-        if self._report.mistakes or self._empty_steps == EMPTY_STEPS:
-            self._warn()
+        if self._empty_steps == EMPTY_STEPS:
+            self._warnings.warn("empty", str(list(self.tasks)))
+        if self._report.mistakes:
+            self._warn_of_mistakes()
         return values
 
     @abstractmethod
@@ -177,6 +183,15 @@ class MultiTaskOptimizer(Optimizer):
     def _check_losses(self, losses: object, closure: object) -> None:
         """Refuses kinds of losses, and a closure, that do not fit the method."""
 
+    def _weights_by_name(self) -> Mapping[str, float | Tensor]:
+        """Returns the weights of the losses in the objective; a name left out has weight 1."""
+        return {}
+
+    def _objective(self, values: Values) -> Tensor:
+        """Returns the value whose gradient is taken, for line-search optimizers (LBFGS)."""
+        weights = self._weights_by_name()
+        return sum_tensors([weighted(loss, weights.get(n, 1.0)) for n, loss in values.items()])
+
     @abstractmethod
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns what the last step saw, as tensors ready for a logger.
@@ -185,7 +200,10 @@ class MultiTaskOptimizer(Optimizer):
         """
 
     def _skipped(self) -> dict[str, Tensor]:
-        return self._report.figures(self._tasks) if self.check_finite == "skip" else {}
+        if self.check_finite != "skip":
+            return {}
+        lost = [not self._report.skipped.isdisjoint(names_of(task)) for task in self._tasks]
+        return {"skipped": torch.tensor(lost, device="cpu")}
 
     def _evaluation(
         self,
@@ -221,17 +239,13 @@ class MultiTaskOptimizer(Optimizer):
     def _was_applied(self) -> bool:
         """Returns whether `step()` found gradients that `step(losses)` applied; warns then."""
         status = self._ledger.status(self._parameters)
-        if self.warn_of_repeated_step and status == "changed":
-            self._warnings.changed_before_repeated_step()
-        if self.warn_of_repeated_step and status == "applied":
-            self._warnings.repeated_step()
+        if self.warn_of_repeated_step and status in ("applied", "changed"):
+            self._warnings.warn(status)
         return status == "applied"
 
-    def _warn(self) -> None:
+    def _warn_of_mistakes(self) -> None:
         while self._report.mistakes:
-            self._warnings.mistake(self._report.mistakes.pop(0))
-        if self._empty_steps == EMPTY_STEPS:
-            self._warnings.empty_steps(list(self.tasks))
+            self._warnings.warn(*self._report.mistakes.pop(0))
 
     def _after_update(self, *_: Any) -> None:
         # A scheduler on this optimizer asks whether a step came first, also one of the base's.
@@ -309,12 +323,14 @@ class MultiTaskOptimizer(Optimizer):
         return device_of(self._parameters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, for every task.
+        """Adds a group of parameters, for every task, with the first rank's values.
 
         Args:
             param_group: As torch takes it.
         """
         self._updater.add_param_group(param_group)
+        if not self._model_is_wrapped:  # As DDP does for a model that it wraps.
+            broadcast_parameters(self.param_groups[-1]["params"], self.process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients.
@@ -322,7 +338,7 @@ class MultiTaskOptimizer(Optimizer):
         Args:
             set_to_none: Whether they become None, or zero. IndependentOptimizer refuses zeros.
         """
-        self._updater.zero_grad(set_to_none)
+        self._updater.zero_grad(set_to_none=set_to_none)
         self._ledger.reset()
 
     def train(self) -> None:
@@ -380,14 +396,3 @@ class MultiTaskOptimizer(Optimizer):
         copy.__setstate__(deepcopy(self.__getstate__(), memo))
         copy._ledger.copied(copy._parameters)
         return copy
-
-
-def weak_hook(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a hook that does not keep the method's object, and all tasks' states, alive."""
-    reference = WeakMethod(method)
-
-    def hook(*arguments: Any) -> Any:
-        method = reference()
-        return None if method is None else method(*arguments)
-
-    return hook

@@ -1,23 +1,23 @@
 """Panel: one optimizer per task over the same parameters, with common parameter groups."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any
 from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt._core.followers import Follower
-from mtlopt._core.optimizer import MultiTaskOptimizer, weak_hook
+from mtlopt._core.followers import KINDS, Follower
+from mtlopt._core.optimizer import MultiTaskOptimizer
+from mtlopt._core.single import weak_hook
 from mtlopt._core.state import SCHEDULERS, copied, copied_group, copied_state
 from mtlopt._gradients.autograd import drop_zeros, has_compiled
 from mtlopt._gradients.losses import Task
 
-KINDS = ("overrides", "pins", "adapted")
-"""Reasons for which a task does not take a hyper-parameter from the panel."""
 Keys = list[list[list[str]]]
 """For each task and each parameter group, names of hyper-parameters."""
 
@@ -26,9 +26,6 @@ class Panel:
     """Updates each task with its own optimizer; its parameter groups are a control panel.
 
     Each task's optimizer follows the panel: before an update it takes what has changed there.
-
-    Args:
-        optimizers: The optimizers by task, alike.
     """
 
     hooked = None
@@ -44,11 +41,11 @@ class Panel:
                 f"several tasks, got {type(first).__name__} for {len(optimizers)}: each task's "
                 "average would be taken over weights that the other tasks moved."
             )
-        self.defaults = copied(first.defaults)
+        self.defaults: dict[str, Any] = copied(first.defaults)
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups = [copied_group(group) for group in first.param_groups]
         self._in_turn = False
-        self._follow()
+        self._follow({})
 
     @contextmanager
     def turn(self, task: Task) -> Iterator[Optimizer]:
@@ -61,18 +58,15 @@ class Panel:
 
     # Following.
 
-    def _follow(self, **kept: Keys) -> None:
+    def _follow(self, kept: Mapping[str, Keys]) -> None:
         self._followers = {
-            task: Follower(
-                optimizer, self.param_groups, **{kind: keys[i] for kind, keys in kept.items()}
-            )
+            task: Follower(optimizer, self.param_groups, {k: keys[i] for k, keys in kept.items()})
             for i, (task, optimizer) in enumerate(self.optimizers.items())
         }
 
-    def _overrides(self) -> dict[str, Keys]:
+    def _kept(self) -> dict[str, Keys]:
         """Returns the names of what each task does not take from the panel."""
-        followers = self._followers.values()
-        return {kind: [getattr(follower, kind) for follower in followers] for kind in KINDS}
+        return {kind: [own.kept(kind) for own in self._followers.values()] for kind in KINDS}
 
     def _follow_now(self) -> None:
         for follower in self._followers.values():
@@ -154,7 +148,7 @@ class Panel:
                 del optimizer.param_groups[len(self.param_groups) :]
             raise
         self.param_groups.append(copied_group(self.inner[0].param_groups[-1]))
-        self._follow(**self._overrides())
+        self._follow(self._kept())
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Sets all gradients to None; zeros would let weight decay move other heads."""
@@ -177,16 +171,10 @@ class Panel:
 
     def state_dict(self) -> dict[str, Any]:
         self._follow_now()
-        groups, start = [], 0
-        for group in self.param_groups:
-            indices = list(range(start, start + len(group["params"])))
-            groups.append({**group, "params": indices})
-            start += len(indices)
+        place = count()
+        groups = [{**g, "params": [next(place) for _ in g["params"]]} for g in self.param_groups]
         optimizers = [optimizer.state_dict() for optimizer in self.inner]
-        return {
-            "param_groups": groups,
-            "mtlopt": {"optimizers": optimizers, **self._overrides()},
-        }
+        return {"param_groups": groups, "mtlopt": {"optimizers": optimizers, **self._kept()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get("mtlopt")
@@ -205,14 +193,14 @@ class Panel:
                 strict=True,
             )
         ]
-        self._follow(**{kind: saved[kind] for kind in KINDS if saved and kind in saved})
+        self._follow({kind: saved[kind] for kind in KINDS if saved and kind in saved})
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow_now()
-        kept = {n: v for n, v in vars(self).items() if n not in ("_followers", "_owner")}
-        return kept | self._overrides()
+        lasting = {n: v for n, v in vars(self).items() if n not in ("_followers", "_owner")}
+        return lasting | {"kept": self._kept()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        kept = {kind: state.pop(kind) for kind in KINDS}
+        kept = state.pop("kept")
         vars(self).update(state)
-        self._follow(**kept)
+        self._follow(kept)

@@ -15,8 +15,7 @@ from mtlopt._core.updates import Updates
 from mtlopt._gradients.arithmetic import norm
 from mtlopt._gradients.autograd import set_grads
 from mtlopt._gradients.evaluation import Evaluation
-from mtlopt._gradients.losses import Task, Values, names_of, sum_tensors
-from mtlopt._gradients.report import Mistake
+from mtlopt._gradients.losses import Task, Values, names_of
 
 if TYPE_CHECKING:
     from mtlopt._core.panel import Panel
@@ -80,18 +79,17 @@ class SequentialOptimizer(MultiTaskOptimizer):
         """Returns what the last step on losses saw, for the tasks in order.
 
         The norms cost a pass over the gradients, so they are taken from the first call on: call it
-        once before training to have them from the first step.
+        once before training to have them from the first step. Every rank must call it where the
+        parameters are sharded.
 
         Returns:
             ``gradient_norms`` (T,), the Euclidean norm of each task's gradient before any hook, NaN
             for an absent task and before the first call; ``skipped`` (T,), whether a task's update
-            was skipped because its gradient overflowed (or, with ``check_finite="skip"``, because
-            its loss or gradient was not finite). With ``record="updates"`` also what each
-            task's update changed in the parameters that several tasks share: ``update_norms``
-            (T,); ``update_cosines`` (T, T) between the tasks' updates, NaN for an absent task; and
-            ``update_shares`` (T,), each task's share of the decaying average (0.99 a step) of
+            was skipped. With ``record="updates"`` also what each task's update changed in the
+            parameters that several tasks share: ``update_norms`` (T,); ``update_cosines`` (T, T);
+            and ``update_shares`` (T,), each task's share of the decaying average (0.99 a step) of
             their squared norms, AdaTask's figure AU summed over the parameters. Empty before the
-            first step. With sharded parameters every rank must call it.
+            first step.
         """
         self._wants_norms[0] = True
         if not self._seen and not self._report.skipped:
@@ -169,7 +167,7 @@ class SequentialOptimizer(MultiTaskOptimizer):
             gradient = [parameter.grad for parameter in parameters]
             evaluation.ranks.check_alike(gradient, f"of task {task!r}", remedy)
         if all(parameter.grad is None for parameter in parameters):
-            self._report.mistakes.append(Mistake("unreached", task))
+            self._report.mistakes.append(("unreached", task))
         # Unscaled, and before the hooks, which may clip.
         size = norm([p.grad for p in parameters]) if self._wants_norms[0] else None
         self._seen[task] = size, skipped
@@ -185,33 +183,22 @@ class SequentialOptimizer(MultiTaskOptimizer):
                     evaluation.clear_grads()
                     return evaluation.add_sum(names_of(task))
 
-                optimizer.step(make_closure(values, again, _total, parameters))
+                optimizer.step(make_closure(values, again, self._objective, parameters))
             else:
                 optimizer.step()
 
     def _turns(self) -> list[Task]:
-        """Returns this step's tasks in their order."""
-        if self.per_step is not None:
-            drawn = self._next_of_cycle(self.per_step)
-        elif self.order == "fixed":
+        """Takes this step's tasks from permutations that are drawn one after the other."""
+        if self.per_step is None and self.order == "fixed":
             return list(self.tasks)
-        else:
-            drawn = self._permutation()
-        return [self.tasks[i] for i in drawn]
-
-    def _next_of_cycle(self, count: int) -> list[int]:
-        """Takes the next tasks from permutations that are drawn one after the other."""
-        rest = self._cycle
+        count, rest = self.per_step or len(self.tasks), self._cycle if self.per_step else []
         if len(rest) < count:
+            options: Any = {"generator": self.generator, "device": "cpu"}
+            drawn: list[int] = torch.randperm(len(self.tasks), **options).tolist()
             # Those still due come last in the new permutation: no task comes twice in a step.
-            rest = rest + sorted(self._permutation(), key=rest.__contains__)
-        drawn, self._cycle = rest[:count], rest[count:]
-        return sorted(drawn) if self.order == "fixed" else drawn
-
-    def _permutation(self) -> list[int]:
-        options: Any = {"generator": self.generator, "device": "cpu"}
-        drawn: list[int] = torch.randperm(len(self.tasks), **options).tolist()
-        return drawn
+            rest = rest + sorted(drawn, key=rest.__contains__)
+        turns, self._cycle = rest[:count], rest[count:]
+        return [self.tasks[i] for i in (sorted(turns) if self.order == "fixed" else turns)]
 
     # Refusals.
 
@@ -269,7 +256,3 @@ class SequentialOptimizer(MultiTaskOptimizer):
             self._updates = Updates(len(self.tasks))
             if "squares" in saved:
                 self._updates.squares = saved["squares"].clone().cpu()
-
-
-def _total(values: Values) -> Tensor:
-    return sum_tensors(list(values.values()))

@@ -1,14 +1,14 @@
 """Single: one optimizer that updates the parameters for all tasks."""
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
+from weakref import WeakMethod
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from mtlopt._core.optimizer import MultiTaskOptimizer, weak_hook
+from mtlopt._core.optimizer import MultiTaskOptimizer
 from mtlopt._gradients.losses import Task
 
 
@@ -17,29 +17,20 @@ class Single:
 
     def __init__(self, optimizer: Optimizer, method: str) -> None:
         check_plain(optimizer, f"{method}(torch.optim.Adam(params, lr=...), tasks)")
-        self.base = optimizer
+        # Its own hooks fire around each update.
+        self.base = self.hooked = optimizer
         self.inner = [optimizer]
         self._turns: dict[Task, _Turn] = {}
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
+    # The optimizer's own, also after it has replaced them.
+    param_groups = property(attrgetter("base.param_groups"))
+    state = property(attrgetter("base.state"))
+    defaults = property(attrgetter("base.defaults"))
+    add_param_group = property(attrgetter("base.add_param_group"))
+    zero_grad = property(attrgetter("base.zero_grad"))
 
     def assign_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        return self.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.base.defaults
-
-    @property
-    def hooked(self) -> Optimizer:
-        """The optimizer whose own hooks fire around each update."""
-        return self.base
 
     def connect(self, owner: MultiTaskOptimizer) -> None:
         """Tells the owner of every update."""
@@ -52,12 +43,6 @@ class Single:
         # (https://github.com/pytorch/pytorch/pull/26512).
         turn: Any = self._turns.setdefault(task, _Turn(self.base))
         yield turn
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.base.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool) -> None:
-        self.base.zero_grad(set_to_none=set_to_none)
 
     def set_mode(self, mode: str) -> None:
         getattr(self.base, mode, lambda: None)()
@@ -72,15 +57,13 @@ class Single:
 class _Turn:
     """Stands for the optimizer in one task's turn."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
+    param_groups = property(attrgetter("_base.param_groups"))
 
     def step(self, *args: Any) -> Any:
-        return self._optimizer.step(*args)
+        return self._base.step(*args)
 
 
 def check_plain(optimizer: object, remedy: str) -> None:
@@ -100,3 +83,14 @@ def check_plain(optimizer: object, remedy: str) -> None:
         )
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):  # As Accelerate's.
         raise TypeError(f"{rule}, which wraps one: pass `optimizer.optimizer`.")
+
+
+def weak_hook(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a hook that does not keep the method's object, and all tasks' states, alive."""
+    reference = WeakMethod(method)
+
+    def hook(*arguments: Any) -> Any:
+        method = reference()
+        return None if method is None else method(*arguments)
+
+    return hook

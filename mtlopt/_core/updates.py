@@ -6,18 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import Gradients, cosines, gram
+from mtlopt._gradients.arithmetic import Gradients, cosines, gram, with_gaps
 
 DECAY = 0.99
 """Decay per step of the averages behind the shares."""
 
 
 class Updates:
-    """Compares the shared parameters before and after each task's update.
-
-    Args:
-        count: How many tasks there are.
-    """
+    """Compares the shared parameters before and after each task's update."""
 
     def __init__(self, count: int) -> None:
         self.squares = torch.zeros(count, dtype=torch.float64, device="cpu")
@@ -25,12 +21,12 @@ class Updates:
         self._count = count
         self._stepped: set[int] = set()
         self._tasks_of: dict[int, set[int]] = {}
-        self._rows: dict[int, dict[int, Tensor]] = {}
-        self._last: tuple[list[int], Tensor] = [], self.squares.new_zeros(0, 0)
+        self.begin()
 
     def begin(self) -> None:
         """Forgets the last step."""
-        self._rows, self._last = {}, ([], self.squares.new_zeros(0, 0))
+        self._rows: dict[int, dict[int, Tensor]] = {}
+        self._last: tuple[list[int], Tensor] = [], self.squares.new_zeros(0, 0)
 
     @contextmanager
     def of(self, task: int, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -62,13 +58,11 @@ class Updates:
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns the last step's figures, NaN for a task without an update."""
         present, products = self._last
-        norms = torch.full_like(self.squares, float("nan"))
-        angles = norms.repeat(self._count, 1)
-        index = torch.tensor(present, dtype=torch.long, device="cpu")
-        norms[index] = products.diagonal().sqrt()
-        angles[index[:, None], index] = cosines(products)
-        shares = self.squares / self.squares.sum()
-        return {"update_norms": norms, "update_cosines": angles, "update_shares": shares}
+        return {
+            "update_norms": with_gaps(products.diagonal().sqrt(), present, self._count),
+            "update_cosines": with_gaps(cosines(products), present, self._count),
+            "update_shares": self.squares / self.squares.sum(),
+        }
 
     def _is_shared(self, place: int) -> bool:
         return len(self._tasks_of[place]) >= min(2, self._count)

@@ -116,7 +116,7 @@ def gram(gradients: Sequence[Gradients], shared: bool = True) -> Tensor:
 
     Args:
         gradients: T gradients of P tensors, dense or sparse.
-        shared: Whether to leave out parameters for which only one task has a gradient.
+        shared: False counts parameters for which only one task has a gradient too.
 
     Returns:
         (T, T) in float64, on the CPU, by one copy from the device.
@@ -144,17 +144,9 @@ def gram(gradients: Sequence[Gradients], shared: bool = True) -> Tensor:
 def combine(
     gradients: Sequence[Gradients], coefficients: Sequence[float], shared_only: bool = True
 ) -> Gradients:
-    """Sums the gradients, weighted by the coefficients.
+    """Returns the sum of the T gradients weighted by the coefficients, in the gradients' memory.
 
-    Args:
-        gradients: T gradients of P tensors. Their memory is overwritten: the sum is returned in
-            the tensor of the first task that has one for a parameter.
-        coefficients: T numbers.
-        shared_only: Whether to weight only parameters for which at least two tasks have a
-            gradient; the others then keep their plain gradient.
-
-    Returns:
-        One gradient.
+    With `shared_only` a parameter for which only one task has a gradient keeps that as it is.
     """
     shared = [len(tasks) > 1 or not shared_only for tasks in tasks_by_parameter(gradients)]
     combined: Gradients = [None] * len(shared)
@@ -224,6 +216,14 @@ class Rows:
         if not self.gradients:
             return [None] * len(self.tensors)
         return combine(list(self.gradients.values()), coefficients, self.shared_only)
+
+
+def with_gaps(figures: Tensor, present: Sequence[int], count: int) -> Tensor:
+    """Returns the present tasks' (n,) or (n, n) figures in the places of all, NaN elsewhere."""
+    index = torch.tensor(present, dtype=torch.long, device="cpu")
+    all_figures = figures.new_full((count,) * figures.dim(), float("nan"))
+    all_figures[index if figures.dim() == 1 else (index[:, None], index)] = figures
+    return all_figures
 
 
 def cosines(gram: Tensor) -> Tensor:

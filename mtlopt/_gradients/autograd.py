@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ def backward(
         loss.backward(retain_graph=retain_graph, inputs=inputs)
     except RuntimeError as error:
         explain(error)
-        raise
     if without:
         drop_zeros(without)
 
@@ -41,14 +40,7 @@ def differentiate(
 ) -> Iterator[Gradients]:
     """Yields the gradient of each loss, from one shared graph, and leaves `.grad` as it was.
 
-    Args:
-        losses: T scalars with a graph.
-        parameters: P leaf tensors.
-        parameters_only: Whether to leave other leaves without a gradient.
-        retain_graph: Whether the graph is needed after the last pass.
-
-    Yields:
-        T lists of P gradients, which share no memory with other tensors.
+    The gradients share no memory with other tensors. With `parameters_only` other leaves get none.
     """
     earlier = pop_grads(parameters)
     last = len(losses) - 1
@@ -75,13 +67,12 @@ def grad_of(loss: Tensor, tensors: Sequence[Tensor]) -> Gradients:
         found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         explain(error)
-        raise
     gradients = dict(zip(map(id, wanted), found, strict=True))
     return [gradients.get(id(tensor)) for tensor in tensors]
 
 
-def explain(error: RuntimeError) -> None:
-    """Raises a clearer error where torch refused a second backward pass through a graph."""
+def explain(error: RuntimeError) -> NoReturn:
+    """Raises a clearer error if torch refused a second backward pass, or else the error itself."""
     if "backward through the graph a second time" in str(error):
         raise RuntimeError(
             "A loss shares its graph with one whose backward pass is over. Run the forward pass "
@@ -102,6 +93,7 @@ def explain(error: RuntimeError) -> None:
             "`forwards='per-task'`, or set torch._functorch.config.donated_buffer = False before "
             "compiling it."
         ) from error
+    raise error
 
 
 def pop_grads(parameters: Sequence[Tensor]) -> Gradients:
@@ -143,12 +135,9 @@ def leaves(losses: Iterable[Tensor]) -> list[Tensor] | None:
 
 
 def drop_zeros(parameters: Iterable[Tensor], keep_if_all: bool = False) -> None:
-    """Sets zero gradients to None.
+    """Sets zero gradients to None; `keep_if_all` leaves them where all are zero.
 
-    Args:
-        parameters: Parameters to look at.
-        keep_if_all: Whether to keep them if all are zero: torch.distributed.checkpoint steps on
-            zeros to create the states that it loads into.
+    torch.distributed.checkpoint steps on zeros to create the states that it loads into.
     """
     given = [parameter for parameter in parameters if parameter.grad is not None]
     norms = [norm([parameter.grad]) for parameter in given]
@@ -194,14 +183,6 @@ def nodes_of(losses: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
 # The ledger.
 
 
-def _note_backward(parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        parameter.grad._mtlopt_backward = True  # type: ignore[attr-defined]  # a note
-
-
-Status: TypeAlias = Literal["new", "made", "applied", "changed"]
-
-
 class Ledger:
     """Records the status of each gradient in `.grad`.
 
@@ -215,8 +196,11 @@ class Ledger:
     as writing. Holding references here instead would keep the memory after `zero_grad`.
     """
 
+    made_last = False
+    """Whether a method made the last gradient, even if another tensor was assigned since."""
+
     def __init__(self) -> None:
-        self._stepped = self._made = False
+        self._stepped = False
         self._watch: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,37 +208,28 @@ class Ledger:
 
     def mark(self, parameters: Sequence[Tensor], status: Literal["made", "applied"]) -> None:
         """Records that a method made, or a step applied, the gradients of the parameters."""
-        self._stepped, self._made = status == "applied", status == "made"
         if self._watch is not None:
-            self._unwatch()
-        if self._made:
-            given = [p for p in parameters if p.grad is not None and p.requires_grad]
+            self.reset()
+        self._stepped, self.made_last = status == "applied", status == "made"
+        given = [parameter for parameter in parameters if parameter.grad is not None]
+        for parameter in [p for p in given if p.requires_grad][:1] if self.made_last else ():
             # A backward pass of the user's from here on, unlike an assignment, calls the hook.
-            for parameter in given[:1]:
-                self._watch = parameter.register_post_accumulate_grad_hook(self._forget_made)
-        for parameter in parameters:
-            if (gradient := parameter.grad) is not None:
-                gradient._mtlopt = status, gradient._version  # type: ignore[attr-defined]
-
-    def reset(self) -> None:
-        """Records that the gradients were cleared."""
-        self._stepped = self._made = False
+            self._watch = parameter.register_post_accumulate_grad_hook(self._forget_made)
+        for parameter in given:
+            gradient: Any = parameter.grad
+            gradient._mtlopt = status, gradient._version
 
     def _forget_made(self, parameter: Tensor) -> None:
-        self._made = False
+        self.made_last = False
 
-    def _unwatch(self) -> None:
+    def reset(self) -> None:
+        """Records that the gradients were cleared, or are no longer of interest."""
+        self._stepped = self.made_last = False
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
 
-    def made_last(self) -> bool:
-        """Returns whether a method made the last gradient, even if it was replaced; asked once."""
-        made, self._made = self._made, False
-        self._unwatch()
-        return made
-
-    def status(self, parameters: Sequence[Tensor]) -> Status:
+    def status(self, parameters: Sequence[Tensor]) -> Literal["new", "made", "applied", "changed"]:
         """Returns the status of the gradients as a whole."""
         given = [parameter.grad for parameter in parameters if parameter.grad is not None]
         records = [getattr(gradient, "_mtlopt", ("new", 0)) for gradient in given]
@@ -268,12 +243,6 @@ class Ledger:
             return "applied"
         return "changed" if max(writes) == 1 else "new"
 
-    def watch(self, parameter: Tensor) -> None:
-        """Notes from now on which of the parameter's gradients come from backward passes."""
-        hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
-        if parameter.requires_grad and _note_backward not in (hooks or {}).values():
-            parameter.register_post_accumulate_grad_hook(_note_backward)
-
     def has_lost(self, parameter: Tensor) -> bool:
         """Returns whether a gradient that a method made was cleared, and not merely changed.
 
@@ -282,9 +251,8 @@ class Ledger:
         """
         gradient = parameter.grad
         status, version = getattr(gradient, "_mtlopt", ("new", 0))
-        if gradient is None or (status != "made" and is_sharded([gradient])):
-            return True
-        if status != "made" and hasattr(gradient, "_mtlopt_backward"):
+        replaced = status != "made"
+        if gradient is None or (replaced and (not self.made_last or is_sharded([gradient]))):
             return True
         return version != gradient._version and not bool(local(gradient).any())
 

@@ -8,26 +8,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import (
-    Gradients,
-    Rows,
-    add,
-    scaled,
-    tasks_by_parameter,
-    to_floats,
-)
-from mtlopt._gradients.autograd import (
-    add_to_grads,
-    backward,
-    differentiate,
-    drop_zeros,
-    grad_of,
-    has_compiled,
-    is_compiled,
-    norms_at,
-    pop_grads,
-    set_grads,
-)
+from mtlopt._gradients import autograd
+from mtlopt._gradients.arithmetic import Gradients, Rows, add, scaled, tasks_by_parameter, to_floats
 from mtlopt._gradients.features import (
     Features,
     backward_from,
@@ -47,7 +29,7 @@ from mtlopt._gradients.losses import (
     sum_tensors,
     weighted,
 )
-from mtlopt._gradients.report import Mistake, Report
+from mtlopt._gradients.report import Report
 from mtlopt._gradients.sums import Part, accumulate
 
 Forwards: TypeAlias = Literal["joint", "per-task", "per-pass"]
@@ -94,7 +76,7 @@ class Evaluation:
     @property
     def is_separate(self) -> bool:
         """Returns whether each backward pass has its own call of `losses`."""
-        return self.forwards != "joint" and not isinstance(self.losses.losses, Mapping)
+        return self.forwards != "joint" and self.losses.is_function
 
     def clear_grads(self) -> None:
         """Sets `.grad` to None, without `zero_grad`'s profiler scope, which is slow."""
@@ -107,14 +89,8 @@ class Evaluation:
     ) -> Values:
         """Adds the gradient of the weighted sum of some losses to `.grad`: eq. 1.
 
-        With one batch that is one backward pass straight into `.grad`, as in a plain loop.
-
-        Args:
-            names: The losses to sum.
-            weights: Their weights, or a function that returns them for the averaged losses.
-
-        Returns:
-            The averages of the present losses by name, without a graph.
+        With one batch that is one backward pass straight into `.grad`, as in a plain loop. The
+        weights may be a function of the averaged losses, which are returned.
         """
         rule: Any = weights if callable(weights) else None
         fixed: Any = None if rule else weights
@@ -123,7 +99,7 @@ class Evaluation:
             return self._add_averaged_sum(names, weights)
         values: Values = {}
         for asked in [(name,) for name in names] if separate else [names]:
-            terms, means = self.ask(asked, self.batches[0], self.ranks)
+            terms, means, _ = self.ask(asked, self.batches[0], self.ranks)
             if self.forwards != "per-pass" and terms.keys() - self.report.searched:
                 self.report.search(terms, self.parameters)
             present = {name: mean.value for name, mean in means.items()}
@@ -136,14 +112,9 @@ class Evaluation:
     def per_task(
         self, at: Features | None = None, weights: Weights | None = None
     ) -> tuple[Rows, dict[Task, Gradients]]:
-        """Takes the averaged gradient of each present task; `.grad` stays as it is.
+        """Returns the averaged gradient of each present task, and that at the outputs of `at`.
 
-        Args:
-            at: Modules at whose outputs gradients are wanted too.
-            weights: Weights of the losses.
-
-        Returns:
-            The rows, in the tasks' order, and by task the gradients at the outputs.
+        `.grad` stays as it is.
         """
         # Names in a group need separate gradients only where their counts can differ.
         whole = len(self.batches) == 1 and self.ranks.per_micro_batch is self.ranks.per_step
@@ -189,19 +160,12 @@ class Evaluation:
             weigh: Returns the weights by task, given the rows of gradients there.
             weights: Weights that are known before; those of `weigh` multiply them.
             norms_of: The only tasks to show, whose rows may hold each tensor's norm instead of it.
-
-        Returns:
-            The averaged losses by name.
         """
         if len(self.batches) > 1 or self.ranks.wrapped or self.is_separate:
             return self._add_measured_passes(at, weigh, weights or {}, norms_of)
         modules = at if isinstance(at, Features) else None
-        recording: Any = nullcontext([]) if modules is None else modules.recording()
-        with recording as calls:
-            terms, means = self.ask(self.names, self.batches[0], self.ranks)
-        if modules is not None:
-            modules.check(calls, self.ranks, bool(terms))
-        tensors: Any = at if modules is None else [z for call in calls for z in call.outputs]
+        terms, means, outputs = self.ask(self.names, self.batches[0], self.ranks, at=modules)
+        tensors: Any = at if modules is None else outputs
         # Rows at features are of this process's samples, those at parameters are summed here.
         ranks = SINGLE_PROCESS if modules is None else self.ranks
         values = {name: mean.value for name, mean in means.items()}
@@ -211,13 +175,13 @@ class Evaluation:
         for task in present_tasks(shown, values):
             row: Gradients = [None] * len(tensors)  # A rank may lack a task that another one has.
             if own := [terms[name] for name in names_of(task) if name in terms]:
-                row = grad_of(self.scale(sum_tensors(own)), tensors)
+                row = autograd.grad_of(self.scale(sum_tensors(own)), tensors)
             # Copies, because results of autograd may share memory.
             if modules is None and self.ranks.reduces:
                 row = self.ranks.sum(row, tensors)
             elif norms_of is None:
                 row = [g if g is None else g.clone() for g in row]
-            rows[task] = row if norms_of is None else norms_at(own, row)
+            rows[task] = row if norms_of is None else autograd.norms_at(own, row)
         if self.losses.check_finite == "skip" and modules is None and not self.is_scaled:
             self.report.drop_lost(rows, {}, values)
             terms = {name: term for name, term in terms.items() if name in values}
@@ -239,14 +203,6 @@ class Evaluation:
         plain gradient. The pass through the trunk is linear, so the trunk's gradient is the sum of
         the tasks' with the coefficients chosen at the features. Micro-batches are combined one by
         one: to combine them together would keep all their graphs.
-
-        Args:
-            features: Where to cut the graph.
-            combine: Combines the rows at the features.
-            weights: Weights of the losses.
-
-        Returns:
-            The averaged losses by name.
         """
         refuse_shards(self.parameters)
         seen: dict[str, list[Loss]] = {}
@@ -254,7 +210,7 @@ class Evaluation:
         self.ranks.check_batches(count)
         for position, batch in enumerate(self.batches):
             with features.cutting() as cuts:
-                terms, means = self.ask(self.names, batch, self.ranks)
+                terms, means, _ = self.ask(self.names, batch, self.ranks)
             features.check(cuts, self.ranks, bool(terms))
             for name, mean in means.items():
                 seen.setdefault(name, []).append(mean)
@@ -265,14 +221,14 @@ class Evaluation:
             outputs = [output for cut in cuts for output in cut.outputs]
             # Heads and trunk can share a part of the graph, such as a stem's skip connection.
             keep = share_a_graph(losses.values(), outputs, [*self.parameters, *at])
-            compiled = has_compiled() and is_compiled(*losses.values(), *outputs)
-            passes = differentiate(list(losses.values()), at, retain_graph=keep)
+            compiled = autograd.has_compiled() and autograd.is_compiled(*losses.values(), *outputs)
+            passes = autograd.differentiate(list(losses.values()), at, retain_graph=keep)
             found = dict(zip(losses, passes, strict=True))
             if at and losses:
                 # By how many tasks each tensor is used.
                 used = max(map(len, tasks_by_parameter(list(found.values()))))
                 if used < min(len(losses), 2):
-                    self.report.mistakes.append(Mistake("unshared" if used else "uncut"))
+                    self.report.mistakes.append(("unshared" if used else "uncut", None))
             values = {name: mean.value for name, mean in means.items()}
             # Present on some rank, so present here: without a loss its row is zero.
             present = present_tasks(self.tasks, values)
@@ -280,33 +236,40 @@ class Evaluation:
             combined = combine(Rows(rows, at, values, self.is_scaled, False, self.ranks))
             backward_from(cuts, combined)
             if compiled:
-                drop_zeros(self.parameters)
+                autograd.drop_zeros(self.parameters)
         if seen and self.ranks.reduces:
             # The heads' and the trunk's gradients of this rank's samples, in one reduction.
-            own = pop_grads(self.parameters)
-            set_grads(self.parameters, self.ranks.sum(own, self.parameters))
+            own = autograd.pop_grads(self.parameters)
+            autograd.set_grads(self.parameters, self.ranks.sum(own, self.parameters))
         return {name: mean.value for name, mean in SINGLE_PROCESS.agree(seen).items()}
 
     # Asking.
 
     def ask(
-        self, names: Sequence[str], batch: tuple[object, ...], ranks: Ranks, final: bool = True
-    ) -> tuple[dict[str, Tensor], dict[str, Loss]]:
+        self,
+        names: Sequence[str],
+        batch: tuple[object, ...],
+        ranks: Ranks,
+        final: bool = True,
+        at: Features | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
         """Asks for losses on one batch; their averages are `final` if no other batch adds to them.
 
         Returns:
             The terms to differentiate here, each loss times this process's share of the samples;
-            and the averages of the present losses over all processes, without a graph.
+            the averages over all processes, without a graph; and the outputs of the modules `at`.
         """
-        if self.forwards == "per-task" or len(self.batches) > 1:
-            # `losses` may clear the gradients, to which an earlier call has contributed.
-            earlier = pop_grads(self.parameters)
-            try:
+        recording: Any = nullcontext([]) if at is None else at.recording()
+        with recording as calls:
+            if self.forwards == "per-task" or len(self.batches) > 1:
+                # `losses` may clear the gradients, to which an earlier call has contributed.
+                earlier = autograd.pop_grads(self.parameters)
+                try:
+                    present = self.losses(names, batch)
+                finally:
+                    autograd.add_to_grads(self.parameters, earlier)
+            else:
                 present = self.losses(names, batch)
-            finally:
-                add_to_grads(self.parameters, earlier)
-        else:
-            present = self.losses(names, batch)
         # Absent tasks are reported too: another process may have samples of them.
         means = ranks.agree({name: [present[name]] if name in present else [] for name in names})
         if final and self.losses.check_finite == "skip":
@@ -317,19 +280,9 @@ class Evaluation:
                 share = ranks.share(loss.samples, means[name].samples)
                 if share is not None:
                     terms[name] = weighted(loss.value, share)
-        return terms, means
-
-    def ask_recording(
-        self, names: Sequence[str], batch: tuple[object, ...], at: Features, final: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Loss], list[Tensor]]:
-        """Asks on one of several micro-batches, and returns the modules' outputs too."""
-        with at.recording() as calls:
-            terms, means = self.ask(names, batch, self.ranks.per_micro_batch, final)
-        at.check(calls, self.ranks, bool(terms))
-        outputs = [output for call in calls for output in call.outputs]
-        for output in outputs:
-            output.retain_grad()  # A pass leaves a gradient here, as with the parameters.
-        return terms, means, outputs
+        if at is not None:
+            at.check(calls, self.ranks, bool(terms))
+        return terms, means, [output for call in calls for output in call.outputs]
 
     def join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
         """Returns the scaled sums of the terms of each part that has any."""
@@ -343,14 +296,15 @@ class Evaluation:
         losses = [self.scale(sum_tensors(terms))] if terms else []
         if not self.ranks.reduces:
             for loss in losses:  # Straight into `.grad`, as in a plain loop.
-                backward(loss, self.parameters, self.retain_graph)
+                autograd.backward(loss, self.parameters, self.retain_graph)
             return
         # Only this gradient is summed over the ranks, an earlier one in `.grad` has been. A rank
         # without a loss takes part, since another may have one.
         own: Gradients = [None] * len(self.parameters)
-        for found in differentiate(losses, self.parameters, retain_graph=self.retain_graph):
+        keep = self.retain_graph
+        for found in autograd.differentiate(losses, self.parameters, retain_graph=keep):
             own = found
-        add_to_grads(self.parameters, self.ranks.sum(own, self.parameters))
+        autograd.add_to_grads(self.parameters, self.ranks.sum(own, self.parameters))
 
     def _add_averaged_sum(
         self, names: Sequence[str], weights: Weights | Callable[[Values], Weights] | None
@@ -367,7 +321,7 @@ class Evaluation:
             if (found := sums.gradients.pop((name,), None)) is not None:
                 total = add(total, scaled(found, correction * factors[name]))
         if sums.values:
-            add_to_grads(self.parameters, self.ranks.per_step.sum(total, self.parameters))
+            autograd.add_to_grads(self.parameters, self.ranks.per_step.sum(total, self.parameters))
         return sums.values
 
     def _add_measured_passes(
@@ -393,5 +347,5 @@ class Evaluation:
             del rows.gradients[task]
         found = weigh(rows)
         for task, factor in to_floats({t: found[t] for t in whole.gradients}).items():
-            add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
+            autograd.add_to_grads(self.parameters, scaled(whole.gradients.pop(task), factor))
         return whole.values

@@ -37,11 +37,7 @@ class Call(NamedTuple):
 
 
 class Features:
-    """Modules whose outputs the tasks share.
-
-    Args:
-        modules: One or several. Each call of each in a forward pass counts separately.
-    """
+    """Modules whose outputs the tasks share; each call in a forward pass counts separately."""
 
     def __init__(self, modules: nn.Module | Iterable[nn.Module]) -> None:
         given = [modules] if isinstance(modules, nn.Module) else list(modules)
@@ -54,16 +50,10 @@ class Features:
         self._compared = False
 
     @contextmanager
-    def recording(self) -> Iterator[list[Call]]:
-        """Records the modules' outputs and leaves the graph whole."""
-        with self._hooked(_record) as calls:
-            yield calls
-
-    @contextmanager
     def cutting(self) -> Iterator[list[Call]]:
         """Cuts the graph at the modules' outputs; the list fills as they are called."""
         try:
-            with self._hooked(_cut) as calls:
+            with self.recording(_cut) as calls:
                 yield calls
         except RuntimeError as error:
             if "to not have been used in the graph" in str(error):
@@ -76,13 +66,14 @@ class Features:
             raise
 
     @contextmanager
-    def _hooked(self, hook: Callable[..., Any]) -> Iterator[list[Call]]:
+    def recording(self, hook: Callable[..., Any] | None = None) -> Iterator[list[Call]]:
+        """Records the modules' outputs, and leaves the graph whole unless the hook cuts it."""
         calls: list[Call] = []
         thread = threading.get_ident()
 
         def own_thread(*arguments: Any) -> Any:
             own = threading.get_ident() == thread
-            return hook(calls, handles, *arguments) if own else None
+            return (hook or _record)(calls, handles, *arguments) if own else None
 
         # The first of the module's hooks: one that stores the output must store the new leaf.
         handles = [
@@ -99,12 +90,8 @@ class Features:
         """Refuses trainable modules that were not called, or had no output with a gradient.
 
         Once it also refuses outputs that are the same on all ranks, whose gradients would have to
-        be summed before they are multiplied.
-
-        Args:
-            calls: What was recorded.
-            ranks: The processes, all of which call this.
-            needed: Whether this process has losses; without labels it need not call the modules.
+        be summed before they are multiplied. A process without losses need not call the modules,
+        but it must call this.
         """
         outputs = [z for call in calls for z in call.outputs]
         if ranks.reduces and not self._compared:
@@ -151,7 +138,6 @@ def backward_from(cuts: Sequence[Call], gradients: Gradients) -> None:
                 torch.autograd.backward(outputs, grads, retain_graph=position > 0)
             except RuntimeError as error:
                 explain(error)
-                raise
 
 
 def refuse_shards(parameters: Sequence[Tensor]) -> None:

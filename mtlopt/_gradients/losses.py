@@ -57,12 +57,6 @@ def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
     return checked
 
 
-def check_option(check_finite: object) -> None:
-    """Refuses other values of the option `check_finite` than it has."""
-    if check_finite not in (False, True, "skip"):
-        raise ValueError(f"`check_finite` must be False, True or 'skip', got {check_finite!r}.")
-
-
 def check_parameters(argument: str, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Returns the parameters as a list, or raises an error that says what was given instead."""
     given: object = parameters
@@ -143,11 +137,8 @@ class LossEvaluator:
                 "`losses` must return a mapping from task to loss, "
                 f"got {type(found).__name__}{mapping_hint(found)}."
             )
-        present = {}
-        for name in names:
-            loss = found.get(name)
-            if loss is not None:
-                present[name] = self._check(name, loss)
+        given = {name: loss for name in names if (loss := found.get(name)) is not None}
+        present = {name: self._check(name, loss) for name, loss in given.items()}
         # A model may compute every task: known tasks that were not asked for are ignored.
         if len(found) > len(present):
             unknown = [name for name in found if name not in self.known]
@@ -248,12 +239,8 @@ class Ranks:
     def agree(self, seen: Mapping[str, Sequence[Loss]]) -> dict[str, Loss]:
         """Averages each task's losses by their counts, over micro-batches and processes.
 
-        Args:
-            seen: Each task's losses on this process.
-
-        Returns:
-            The averages of the present tasks, without a graph, each with its total count. A total
-            of 0 means absent, so the loss may be NaN: the mean over no samples.
+        The averages have no graph, and the total counts. A task with a total of 0 is absent: its
+        loss may be NaN, the mean over no samples.
         """
         means = {}
         for name, losses in seen.items():

@@ -180,10 +180,7 @@ class SummingRanks(Ranks):
         """Tells by position which tensors hold the same numbers on all ranks that have any.
 
         Only the first ones are compared, by their sums. A tensor whose rows are all alike is none:
-        of samples it may say so too.
-
-        Returns:
-            None if fewer than two ranks have tensors.
+        of samples it may say so too. None if fewer than two ranks have tensors.
         """
         figures = torch.full((2, COMPARED, 4), -math.inf, dtype=torch.float64)
         for i, tensor in enumerate(tensors[:COMPARED]):
@@ -217,10 +214,8 @@ def choose_ranks(
 ) -> Ranks:
     """Returns the processes that average together.
 
-    Args:
-        parameters: The optimizer's parameters; FSDP2 averages the gradients of shards.
-        group: The ranks that the user named, or None.
-        reduced: Whether the method expects the model's wrapper to reduce every backward pass.
+    The user may have named a group. A wrapper averages the gradients of every backward pass if the
+    parameters are shards (FSDP2), or if the method expects one (`reduced`).
     """
     every = all_ranks()
     if group is None and every is None:
@@ -238,8 +233,7 @@ def choose_ranks(
 def _group_of_ddp(parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:
     """Returns the group of the DistributedDataParallel that holds a parameter, if there is one.
 
-    Neither the parameters nor, in general, the losses' graphs know of it. So it is looked for
-    among all objects, once.
+    Neither parameters nor graphs know of it, so it is looked for among all objects, once.
     """
     if not parameters:
         return None

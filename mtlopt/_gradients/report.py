@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from mtlopt._gradients.arithmetic import Gradients, is_finite, is_sharded, to_numbers
@@ -14,20 +13,14 @@ from mtlopt._gradients.losses import Loss, Task, names_of
 Kind: TypeAlias = Literal["unreached", "others", "uncut", "unshared"]
 
 
-class Mistake(NamedTuple):
-    """A kind of mistake, and the task that it concerns."""
-
-    kind: Kind
-    task: object = None
-
-
 class Report:
     """Collects signs of mistakes, for the optimizer to warn of after the step."""
 
     def __init__(self) -> None:
         self.searched: set[str] = set()
         """Tasks whose graphs have been searched for the optimizer's parameters."""
-        self.mistakes: list[Mistake] = []
+        self.mistakes: list[tuple[Kind, object]] = []
+        """Each with the task that it concerns, if any."""
         self.skipped: set[str] = set()
         """Names left out of the step, because a loss or a gradient was not finite."""
 
@@ -54,11 +47,6 @@ class Report:
             for name in names_of(task):
                 values.pop(name, None)
 
-    def figures(self, tasks: Iterable[Task]) -> dict[str, Tensor]:
-        """Returns ``skipped`` (T,), the tasks of which some name was left out."""
-        lost = [not self.skipped.isdisjoint(names_of(task)) for task in tasks]
-        return {"skipped": torch.tensor(lost, device="cpu")}
-
     def search(self, terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> None:
         """Searches each task's graph once for a parameter, where one pass serves all tasks."""
         for name in terms.keys() - self.searched:
@@ -66,7 +54,7 @@ class Report:
             found = None if is_sharded(parameters) else leaves([terms[name]])
             own = set(map(id, parameters))
             if found is not None and not any(id(leaf) in own for leaf in found):
-                self.mistakes.append(Mistake("unreached", name))
+                self.mistakes.append(("unreached", name))
 
     def search_for_others(self, terms: Iterable[Tensor], parameters: Sequence[Tensor]) -> None:
         """Searches graphs for foreign parameters, whose gradients cannot be corrected."""
@@ -74,4 +62,4 @@ class Report:
         if is_sharded(parameters):
             return  # FSDP2's graphs hold the whole parameters, gathered from the shards.
         if any(id(leaf) not in own for leaf in leaves(terms) or ()):
-            self.mistakes.append(Mistake("others"))
+            self.mistakes.append(("others", None))

@@ -9,7 +9,6 @@ from mtlopt._gradients.arithmetic import Gradients, add
 from mtlopt._gradients.autograd import differentiate
 from mtlopt._gradients.features import Features
 from mtlopt._gradients.losses import Loss, Values, weighted
-from mtlopt._gradients.report import Mistake
 
 if TYPE_CHECKING:
     from mtlopt._gradients.evaluation import Evaluation
@@ -43,12 +42,6 @@ def accumulate(
     of a backward pass, so each loss is first weighted as if all counts were the first one's, and
     the sum of gradients is corrected at the end. With equal counts the correction is exactly 1,
     and large counts do not overflow a float16 gradient.
-
-    Args:
-        evaluation: The losses to differentiate, and how.
-        parts: Names whose losses are differentiated together.
-        at: Modules at whose outputs gradients are wanted too.
-        weights: Loss weights by name, 1 if left out.
     """
     seen: dict[str, list[Loss]] = {name: [] for part in parts for name in part}
     sums = Sums({}, {}, {}, {})
@@ -57,12 +50,10 @@ def accumulate(
     first_terms: list[Tensor] = []
     for batch in evaluation.batches:
         for asked in parts if evaluation.is_separate else [tuple(seen)]:
-            outputs: list[Tensor] = []
-            if at is None:
-                ranks = evaluation.ranks.per_micro_batch
-                terms, means = evaluation.ask(asked, batch, ranks, final)
-            else:
-                terms, means, outputs = evaluation.ask_recording(asked, batch, at, final)
+            ranks = evaluation.ranks.per_micro_batch
+            terms, means, outputs = evaluation.ask(asked, batch, ranks, final, at)
+            for output in outputs:
+                output.retain_grad()  # A pass leaves a gradient here, as with the parameters.
             first_terms += terms.values() if batch is evaluation.batches[0] else ()
             for name, mean in means.items():
                 seen[name].append(mean)
@@ -96,7 +87,7 @@ def average_losses(evaluation: "Evaluation") -> Values:
     ranks = evaluation.ranks
     for batch in evaluation.batches:
         for asked in [(name,) for name in seen] if evaluation.is_separate else [tuple(seen)]:
-            _, means = evaluation.ask(asked, batch, ranks.per_micro_batch, final=False)
+            _, means, _ = evaluation.ask(asked, batch, ranks.per_micro_batch, final=False)
             for name, mean in means.items():
                 seen[name].append(mean)
     return {name: mean.value for name, mean in ranks.per_step.agree(seen).items()}
@@ -112,6 +103,6 @@ def _report(
     for part, gradient in sums.gradients.items():
         if all(piece is None for piece in gradient):
             task = part if len(part) > 1 else part[0]
-            evaluation.report.mistakes.append(Mistake("unreached", task))
+            evaluation.report.mistakes.append(("unreached", task))
     if any(len({loss.samples for loss in losses}) > 1 for losses in seen.values()):
         evaluation.report.search_for_others(first_terms, evaluation.parameters)

@@ -1,6 +1,6 @@
 """State and random draws of TorchJD's aggregators and scalarizers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from mtlopt._gradients.losses import Task
 
 PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))
 KIND = "torch.optim"
@@ -47,11 +49,18 @@ def restore(
             owner[name] = _restored(part, value, device)
 
 
-def needs_all_tasks(module: nn.Module, count: int) -> str:
-    """Returns why a module needs every task at every step, or an empty string."""
-    if stateful(module):
-        return "a state with a row for each task"
-    return f"a vector of length {count}" if vectors(module, count) else ""
+def check_absent(
+    argument: str, module: nn.Module, tasks: Sequence[Task], present: Container[Task]
+) -> None:
+    """Refuses absent tasks where a module needs every task at every step."""
+    absent = [task for task in tasks if task not in present]
+    if absent and (stateful(module) or vectors(module, len(tasks))):
+        state = "a state with a row for each task"
+        reason = state if stateful(module) else f"a vector of length {len(tasks)}"
+        raise ValueError(
+            f"`{argument}` {type(module).__name__} must see every task at every step: it has "
+            f"{reason}. Absent from this batch: {absent}."
+        )
 
 
 def vectors(module: nn.Module, count: int) -> list[Tensor]:

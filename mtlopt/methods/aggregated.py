@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
 from mtlopt._core.options import Options
-from mtlopt._gradients.arithmetic import Gradients, Rows, tasks_by_parameter
+from mtlopt._gradients.arithmetic import Gradients, Rows, tasks_by_parameter, with_gaps
 from mtlopt._gradients.evaluation import Forwards
 from mtlopt._gradients.losses import CheckFinite, Task
-from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, states_of, vectors
+from mtlopt.methods._torchjd import check_absent, drawing_from, restore, states_of, vectors
 
 
 class Aggregated(CombiningOptimizer):
@@ -36,11 +36,9 @@ class Aggregated(CombiningOptimizer):
         aggregator: A ``torchjd.aggregation.Aggregator`` (TorchJD 0.18 or later).
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
-        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
-            as absent; both cost a synchronisation.
+        check_finite: Whether a loss that is not finite raises; "skip" leaves its task out.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
-        features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
-            combined there, and one backward pass carries the result through the trunk.
+        features: Modules whose outputs all tasks share, to combine there, as in :class:`PCGrad`.
 
     Raises:
         ImportError: If TorchJD is not installed.
@@ -107,8 +105,7 @@ class Aggregated(CombiningOptimizer):
         present = [k for k, task in enumerate(self.tasks) if task in rows.gradients]
         if not present:
             return rows.combine([])
-        if len(present) < len(self.tasks):
-            self._check_rows(present)
+        check_absent("aggregator", self.aggregator, self.tasks, rows.gradients)
         drawing = drawing_from(self._common_generator)
         # A caller's autocast, or default device, is not for the aggregation.
         with drawing, torch.autocast(self._device.type, enabled=False), self._input_device:
@@ -125,11 +122,8 @@ class Aggregated(CombiningOptimizer):
             lost = rows.is_scaled and not products.isfinite().all()
             products = self._as_preferences(products)
             weights = [float("nan")] * len(present) if lost else self._weighting(products).tolist()
-        coefficients = torch.full(
-            (len(self.tasks),), float("nan"), dtype=torch.float64, device="cpu"
-        )
-        coefficients[present] = coefficients.new_tensor(weights)
-        self._seen["coefficients"] = coefficients
+        found = torch.tensor(weights, dtype=torch.float64, device="cpu")
+        self._seen["coefficients"] = with_gaps(found, present, len(self.tasks))
         return rows.combine(weights)
 
     def _by_matrix(self, rows: Rows) -> Gradients:
@@ -160,15 +154,6 @@ class Aggregated(CombiningOptimizer):
         """Converts what a rule multiplies with a vector of its own to that vector's kind."""
         own = vectors(self.aggregator, len(self.tasks))
         return matrix.to(own[0]) if own else matrix
-
-    def _check_rows(self, present: list[int]) -> None:
-        reason = needs_all_tasks(self.aggregator, len(self.tasks))
-        if reason:
-            absent = [task for k, task in enumerate(self.tasks) if k not in present]
-            raise ValueError(
-                f"`aggregator` {type(self.aggregator).__name__} must see every task at every step: "
-                f"it has {reason}. Absent from this batch: {absent}."
-            )
 
     def _own_state(self) -> dict[str, Any]:
         return {"aggregator": states_of(self.aggregator)}

@@ -33,8 +33,7 @@ class AlternatingOptimizer(SequentialOptimizer):
         record: "updates" has :meth:`diagnostics` say what each task's step moves; while a step
             lasts it costs T copies of the shared parameters.
         scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
-        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
-            as absent; both cost a synchronisation.
+        check_finite: Whether a loss that is not finite raises; "skip" leaves its task out.
         process_group: Ranks that agree on the tasks' counts, with a model wrapped in DDP.
 
     Raises:

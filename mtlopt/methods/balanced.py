@@ -14,16 +14,7 @@ from mtlopt._core.options import Options
 from mtlopt._gradients.arithmetic import Gradients, Rows, norm, to_numbers
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.features import refuse_shards
-from mtlopt._gradients.losses import (
-    CheckFinite,
-    Task,
-    Values,
-    names_of,
-    sum_by_task,
-    sum_tensors,
-    weighted,
-)
-from mtlopt._gradients.report import Mistake
+from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of, sum_by_task
 
 By: TypeAlias = Literal["gradients", "losses"]
 
@@ -35,24 +26,20 @@ class Balanced(CombiningOptimizer):
               c_k = \frac{a_k}{\bar a} \frac{\bar N}{N_k}, \quad
               N_k^2 \leftarrow \beta N_k^2 + (1 - \beta) \lVert g_k \rVert^2
 
-    The weights follow the norms of the tasks' gradients, so losses may have any units: multiplying
-    one by a constant multiplies the whole gradient by a common factor, which Adam ignores as long
-    as it does not change. There is nothing to tune; :math:`a_k` are the shares that the tasks'
-    gradients should have of the whole, equal by default.
+    The weights follow the norms of the tasks' gradients, so losses may have any units. There is
+    nothing to tune; :math:`a_k` are the shares that the tasks' gradients should have of the whole,
+    equal by default.
 
     Norms are measured at the first step and then at every `every`-th one, which takes T further
     backward passes: with `features` through the heads alone, with `shared` down to these
     parameters, otherwise whole ones. All steps are exactly those of :class:`JointOptimizer` with
-    the weights in force, and between measurements cost the same. A task that is absent at a
-    measurement keeps its average; one that has none is measured when it comes. If `backward` is
-    called several times before a step, a task's first call measures it.
+    the weights in force. A task that is absent at a measurement keeps its average; one that has
+    none is measured when it comes. If `backward` is called several times before a step, a task's
+    first call measures it.
 
-    The rule is not new. Its weights are the fixed point of GradNorm with :math:`\alpha = 0`,
-    reached directly. At the features it is EnCodec's balancer, which averages norms and measures
-    at every step. Wang et al. (2023) weight the terms of physics-informed networks in this way, up
-    to a common factor, and average the weights; in 2021 they compared the largest entry of one
-    gradient with the mean of another. The second half of DB-MTL scales moving averages of the
-    gradients themselves to the largest of their norms.
+    The rule is not new: its weights are the fixed point of GradNorm with :math:`\alpha = 0`, and
+    at the features those of EnCodec's balancer. Wang et al. (2023) weight the terms of
+    physics-informed networks in this way, and DB-MTL scales moving averages of gradients.
 
     Args:
         optimizer: Optimizer that applies the gradient; it owns the parameters.
@@ -67,7 +54,7 @@ class Balanced(CombiningOptimizer):
         decay: Decay :math:`\beta` of the moving averages, per measurement.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step and is not noted.
-        check_finite: Whether a loss that is not finite raises; it costs a synchronisation.
+        check_finite: Whether a loss that is not finite raises; "skip" leaves its task out.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
 
     Raises:
@@ -191,15 +178,16 @@ class Balanced(CombiningOptimizer):
         averages, parameters = self._averages, evaluation.parameters
         if self._features is not None:
             refuse_shards(parameters)
-        cleared = evaluation.prescaled and not self._needs_closure and averages.earlier is not None
-        if cleared and all(self._ledger.has_lost(parameter) for parameter in parameters):
+        began = averages.began or averages.earlier is not None
+        again = began and evaluation.prescaled and not self._needs_closure
+        if again and all(self._ledger.has_lost(parameter) for parameter in parameters):
             averages.undo()  # Its gradients were cleared without a step, as after an overflow.
         averages.begin()
         if self.by == "losses":
             scaled = evaluation.prescaled
             return evaluation.add_sum(evaluation.names, lambda v: self._note_losses(v, scaled))
         if not averages.due:
-            return evaluation.add_sum(evaluation.names, self._by_name())
+            return evaluation.add_sum(evaluation.names, self._weights_by_name())
         place = self._features if self._features is not None else self.shared or parameters
         return evaluation.add_measured_sum(place, self._note, norms_of=averages.due)
 
@@ -227,7 +215,7 @@ class Balanced(CombiningOptimizer):
                 f"{lacking[0]!r} does not depend."
             )
         if len(lacking) == len(rows.gradients) and not rows.is_distributed:
-            self._report.mistakes.append(Mistake("uncut"))
+            self._report.mistakes.append(("uncut", None))
         return dict(zip(rows.gradients, rows.norms(), strict=True))
 
     def _note_losses(self, values: Values, scaled: bool) -> Mapping[str, float]:
@@ -245,7 +233,7 @@ class Balanced(CombiningOptimizer):
                         f"{loss}: choose by='gradients'."
                     )
             self._averages.note(found)
-        return self._by_name()
+        return self._weights_by_name()
 
     def _stepped(self, skipped: Tensor | None) -> None:
         if self._averages.earlier is not None and skipped is not None and skipped:
@@ -253,12 +241,8 @@ class Balanced(CombiningOptimizer):
         else:
             self._averages.finish()
 
-    def _by_name(self) -> dict[str, float]:
+    def _weights_by_name(self) -> dict[str, float]:
         return {name: w for task, w in self.weights.items() for name in names_of(task)}
-
-    def _objective(self, values: Values) -> Tensor:
-        weights = self._by_name()
-        return sum_tensors([weighted(value, weights[name]) for name, value in values.items()])
 
     def _own_state(self) -> dict[str, Any]:
         return self._averages.state_dict()
@@ -268,10 +252,7 @@ class Balanced(CombiningOptimizer):
 
 
 class Averages:
-    """Moving averages of squared norms or of losses, and which tasks are due to be measured.
-
-    Changed in place, never replaced: Lightning's wrapper shares an optimizer's attributes.
-    """
+    """Moving averages of squared norms or of losses, and which tasks are due to be measured."""
 
     def __init__(self, tasks: Sequence[Task], every: int, decay: float) -> None:
         self.tasks, self.every, self.decay = tasks, every, decay
@@ -323,14 +304,10 @@ class Averages:
         self.earlier, self.began = None, False
 
     def undo(self) -> None:
-        """Forgets the measurement of a step that was not taken."""
+        """Forgets a step that was not taken, and its measurement."""
+        self.began = False
         if self.earlier is not None:
-            averages, due = self.earlier
-            self.earlier = None
-            self.by_task.clear()
-            self.by_task.update(averages)
-            self.due.intersection_update(due)
-            self.due.update(due)
+            (self.by_task, self.due), self.earlier = self.earlier, None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all but the latest measurement, which is for diagnostics alone."""
@@ -351,8 +328,7 @@ class Averages:
             return {task for task, own in zip(self.tasks, flags, strict=True) if own}
 
         numbers = zip(self.tasks, saved["averages"].tolist(), strict=True)
-        averages = {task: own for task, own in numbers if not math.isnan(own)}
-        self.earlier, self.steps = (averages, chosen(saved["due"])), saved["steps"]
-        self.undo()
-        self.reached[:] = [chosen(flags) for flags in saved["reached"]]
-        self.latest.clear()
+        self.by_task = {task: own for task, own in numbers if not math.isnan(own)}
+        self.due, self.earlier, self.steps = chosen(saved["due"]), None, saved["steps"]
+        self.reached = [chosen(flags) for flags in saved["reached"]]
+        self.latest = {}

@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from mtlopt._gradients.arithmetic import conflict_fraction, cosines, gram
+from mtlopt._gradients.arithmetic import conflict_fraction, cosines, gram, with_gaps
 from mtlopt._gradients.evaluation import Evaluation
 from mtlopt._gradients.losses import (
     SINGLE_PROCESS,
@@ -139,13 +138,9 @@ def conflicts(
         Report(),
         parameters_only=True,
     ).per_task()
-    places = [k for k, task in enumerate(checked) if task in rows.gradients]
-    present = torch.tensor(places, dtype=torch.long, device="cpu")
+    present, count = [k for k, t in enumerate(checked) if t in rows.gradients], len(checked)
     # The user chose the parameters, so all count, shared or not.
     products = gram(list(rows.gradients.values()), shared=False)
-    # NaN for an absent task, so that rows keep their places.
-    nan = torch.full((), float("nan"), dtype=torch.float64, device="cpu")
-    norms, angles = nan.repeat(len(checked)), nan.repeat(len(checked), len(checked))
-    norms[present] = products.diagonal().sqrt()
-    angles[present[:, None], present] = cosines(products)
+    norms = with_gaps(products.diagonal().sqrt(), present, count)
+    angles = with_gaps(cosines(products), present, count)
     return ConflictReport(checked, norms, angles, conflict_fraction(products).item())

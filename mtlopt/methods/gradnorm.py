@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
 from mtlopt._core.options import Options
-from mtlopt._gradients.arithmetic import Gradients, Rows, norm, to_numbers
+from mtlopt._gradients.arithmetic import Gradients, Rows, add, to_numbers
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of
 
@@ -38,7 +38,7 @@ def weight_gradients(
         weights: (T,) positive loss weights :math:`w_i`.
         norms: (T,) norms of the unweighted losses' gradients over the shared parameters.
         ratios: (T,) each loss divided by its initial value.
-        alpha: Strength of the balance :math:`\alpha`; 0 makes all gradients equally large.
+        alpha: Strength of the balance; 0 makes all gradients equally large.
 
     Returns:
         (T,) derivatives and (T,) relative inverse training rates :math:`r_i`, whose mean is 1.
@@ -57,8 +57,7 @@ class GradNorm(CombiningOptimizer):
     A task that trains more slowly than the others gets a larger gradient (:math:`\alpha > 0`).
     After the network's step the weights :math:`w_i` take one step of Adam on the loss
     :math:`\sum_i |w_i \lVert g_i \rVert - \bar G r_i^\alpha|`, with :math:`r_i` the relative
-    inverse training rate, are clamped at 1e-3 and rescaled to their sum T. That loss does not
-    train the network. Losses must be positive.
+    inverse training rate, are clamped at 1e-3 and rescaled to their sum T. Losses must be positive.
 
     Args:
         optimizer: Optimizer that applies the weighted gradient; it owns the parameters.
@@ -71,16 +70,13 @@ class GradNorm(CombiningOptimizer):
             classes); a task left out takes its loss at its first step that was not skipped.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step, weights included.
-        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
-            as absent; both cost a synchronisation.
+        check_finite: Whether a loss that is not finite raises; "skip" leaves its task out.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
-        features: Instead of `shared`, the module or modules whose outputs all tasks share: the
-            norms are taken over those, and one backward pass leads through the trunk.
+        features: Instead of `shared`, modules whose outputs all tasks share, to take norms there.
 
     Raises:
         TypeError: If `optimizer` is not an instance of a plain optimizer.
-        ValueError: If an option is out of its range, `shared` is empty, or the class needs a
-            closure (LBFGS).
+        ValueError: If an option is out of its range, or the class needs a closure (LBFGS).
 
     Example:
         >>> import torch, mtlopt
@@ -159,8 +155,6 @@ class GradNorm(CombiningOptimizer):
         if self._features is not None:
             return evaluation.at_features(self._features, self._observe_features, weights)
         self._forget_cleared_gradients()
-        if evaluation.prescaled:
-            self._ledger.watch(self.shared[0])
         return evaluation.add_measured_sum(self.shared, self._observe_shared, weights)
 
     def _observe_shared(self, rows: Rows) -> Mapping[Task, float]:
@@ -171,32 +165,27 @@ class GradNorm(CombiningOptimizer):
                     f"`shared` must be used by every task, got parameters on which the loss of "
                     f"{task!r} does not depend."
                 )
-        sums = {task: self._weights.with_earlier(task, row) for task, row in rows.gradients.items()}
-        self._observe({task: norm([*row]) for task, row in sums.items()}, rows.values, sums)
+            if (seen := self._weights.observed.get(task)) is not None:
+                # What earlier calls of `backward` have added is part of the same step.
+                rows.gradients[task] = add(row, seen.gradient)
+        self._observe(rows)
         return dict.fromkeys(rows.gradients, 1.0)
 
     def _observe_features(self, rows: Rows) -> Gradients:
         """Notes the norms at the features, and returns the sum of the rows."""
         if rows.tensors or rows.is_distributed:
-            self._observe(dict(zip(rows.gradients, rows.norms(), strict=True)), rows.values)
+            self._observe(rows)
         return rows.combine([1.0] * len(rows.gradients))
 
-    def _observe(
-        self,
-        norms: Mapping[Task, Tensor],
-        values: Values,
-        gradients: Mapping[Task, list[Tensor]] | None = None,
-    ) -> None:
+    def _observe(self, rows: Rows) -> None:
         """Notes what the weights will learn from: numbers, by one copy from the device."""
-        unit = self._scale_of_gradients()
-        scale, *numbers = to_numbers([unit, *norms.values(), *values.values()])
+        values, count = rows.values, len(rows.gradients)
+        scale, *numbers = to_numbers([self._scale_of_gradients(), *rows.norms(), *values.values()])
         # A gradient is scaled; in the imperative form, so are the losses.
-        losses = [
-            loss / (scale if self._losses_are_scaled else 1) for loss in numbers[len(norms) :]
-        ]
-        sizes = [size / scale for size in numbers[: len(norms)]]
-        found = dict(zip(norms, sizes, strict=True))
-        self._weights.observe(found, dict(zip(values, losses, strict=True)), gradients)
+        unit = scale if self._losses_are_scaled else 1
+        norms = {t: size / scale for t, size in zip(rows.gradients, numbers[:count], strict=True)}
+        losses = {name: loss / unit for name, loss in zip(values, numbers[count:], strict=True)}
+        self._weights.observe(norms, losses, rows.gradients if self.shared else None)
 
     def _forget_cleared_gradients(self) -> None:
         """Forgets what was observed of gradients that were cleared without a step."""
@@ -230,22 +219,14 @@ class Observation:
 
     norm: float = 0.0
     losses: dict[str, list[float]] = field(default_factory=dict)
-    gradient: list[Tensor] = field(default_factory=list)
+    gradient: Gradients = field(default_factory=list)
     """The gradient over `shared`, to which further calls of `backward` add."""
-
-    def mean_losses(self) -> dict[str, float]:
-        """Returns each name's mean loss over calls of `backward`."""
-        return {name: sum(own) / len(own) for name, own in self.losses.items()}
 
 
 class LossWeights:
     """Learns the weights of the losses (Algorithm 1), on the CPU.
 
-    Args:
-        tasks: Tasks and groups; a group has one weight, and L(0) for each of its names.
-        alpha: Strength of the balance.
-        lr: Learning rate of the weights' Adam.
-        initial_losses: L(0) by task, unless it is to be the first loss observed.
+    A group has one weight, and L(0) for each of its names unless `initial_losses` has one for all.
     """
 
     def __init__(
@@ -270,18 +251,11 @@ class LossWeights:
             names = ("step", "exp_avg", "exp_avg_sq")
             self._adam.state[weight] = {name: torch.zeros((), **SINGLE) for name in names}
 
-    def with_earlier(self, task: Task, gradient: Gradients) -> list[Tensor]:
-        """Adds the gradient of earlier calls of `backward`, which is part of the same step."""
-        own = [part for part in gradient if part is not None]
-        if task not in self.observed:
-            return own
-        return [a + b for a, b in zip(self.observed[task].gradient, own, strict=True)]
-
     def observe(
         self,
         norms: Mapping[Task, float],
         losses: Mapping[str, float],
-        gradients: Mapping[Task, list[Tensor]] | None,
+        gradients: Mapping[Task, Gradients] | None,
     ) -> None:
         """Notes the norms of the weighted gradients, and the losses, for the next update."""
         own = {t: {n: losses[n] for n in names_of(t) if n in losses} for t in norms}
@@ -298,11 +272,9 @@ class LossWeights:
             seen = self.observed.setdefault(task, Observation())
             for name, loss in found.items():
                 seen.losses.setdefault(name, []).append(loss)
-            if gradients is None:
-                # Micro-batches are parts of one batch, and their features of one long vector.
-                seen.norm = math.hypot(seen.norm, norms[task])
-            else:
-                seen.norm, seen.gradient = norms[task], gradients[task]
+            # Micro-batches are parts of one batch, and their features of one long vector.
+            seen.norm = math.hypot(seen.norm, norms[task]) if gradients is None else norms[task]
+            seen.gradient = [] if gradients is None else gradients[task]
 
     # Old versions of torch cannot compile tensors made of numbers.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # not typed in torch
@@ -313,7 +285,10 @@ class LossWeights:
         if skipped:
             return
         norms = torch.stack([torch.full((), own.norm, **SINGLE) for own in seen.values()])
-        losses = {task: own.mean_losses() for task, own in seen.items()}
+        losses = {
+            task: {name: sum(found) / len(found) for name, found in own.losses.items()}
+            for task, own in seen.items()
+        }
         totals = [sum(own.values()) for own in losses.values()]
         sums = torch.stack([torch.full((), total, **SINGLE) for total in totals])
         # Once a weight were NaN, every later step would be skipped as an overflow.

@@ -27,12 +27,11 @@ class IndependentOptimizer(SequentialOptimizer):
     moments. T optimizers hold T times one optimizer's state for parameters that all tasks share; a
     parameter that task k's loss does not depend on gets no state in optimizer k.
 
-    With ``schedule="simultaneous"`` and Adam, AdaGrad or RMSprop this is AdaTask: per-task moments,
-    with all gradients from one forward pass. (AdamW decays the weights in each task's update.)
+    With ``schedule="simultaneous"`` and Adam, AdaGrad or RMSprop this is AdaTask. (AdamW decays
+    the weights in each task's update.)
 
     ``IndependentOptimizer(optimizer, tasks)`` makes T optimizers of an instance's class, groups,
-    options and state; the instance itself is not used afterwards. ``IndependentOptimizer(
-    torch.optim.Adam, params, tasks, lr=1e-3)`` calls the class T times.
+    options and state; the instance itself is not used afterwards.
 
     ``param_groups`` is the control panel: a scheduler on it, or a value set in it, takes effect for
     every task before its next update. ``optimizer[task]`` is the task's own optimizer; a value set
@@ -45,25 +44,22 @@ class IndependentOptimizer(SequentialOptimizer):
         tasks: Names of the tasks; a tuple of names is a group, one objective with one state.
         schedule: "sequential" is eq. 3; "simultaneous" takes all gradients at the same weights,
             from one forward pass (holding T gradients), then applies the T steps in turn.
-        order: "fixed" keeps the order of `tasks`, "shuffled" draws it at every step from
-            ``self.generator`` (seed 0; saved in the state dict).
-        per_step: How many of the T tasks a step visits, so that it costs as many passes: all of
-            them if None. They come from a shuffled cycle, each equally often; one that is absent
-            from its batch has had its turn. "simultaneous" takes all.
+        order: "fixed" keeps the order of `tasks`, "shuffled" draws it at every step.
+        per_step: How many of the T tasks a step visits, as in :class:`AlternatingOptimizer`;
+            "simultaneous" takes all.
         record: "updates" has :meth:`diagnostics` say what each task's step moves; while a step
             lasts it costs T copies of the shared parameters.
         scaler: Gradient scaler for float16; a task whose gradient overflows skips its own step.
-        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
-            as absent; both cost a synchronisation.
+        check_finite: Whether a loss that is not finite raises; "skip" leaves its task out.
         process_group: Ranks that agree on the tasks' counts. "sequential" expects a model
             wrapped in DDP, "simultaneous" one that is not.
         **options: Passed on to `optimizer_class`.
 
     Raises:
         TypeError: If `optimizer_class` makes something other than a plain optimizer.
-        ValueError: If `tasks` is empty or repeats a name, if `params` is empty, if `per_step` is
-            out of its range, if the class swaps the parameters for evaluation (schedule-free) and
-            there are several tasks, or if a scheduler or a hook is attached to an instance.
+        ValueError: If an option is out of its range, if the class swaps the parameters for
+            evaluation (schedule-free) and there are several tasks, or if a scheduler or a hook is
+            attached to an instance.
 
     Example:
         >>> import torch, mtlopt
@@ -196,11 +192,11 @@ class IndependentOptimizer(SequentialOptimizer):
         return self._updater.optimizers.items()
 
     def get(self, task: Task, default: Any = None) -> Any:
-        """Returns the task's own optimizer, or `default` if there is no such task.
+        """Returns the task's own optimizer, or else the default.
 
         Args:
-            task: Name or group of names.
-            default: Value to return instead.
+            task: One of the tasks.
+            default: What to return for any other name.
         """
         return self._updater.optimizers.get(task, default)
 
@@ -212,11 +208,7 @@ class IndependentOptimizer(SequentialOptimizer):
 
         Args:
             task: One of the tasks.
-            *names: Hyper-parameters, such as "lr"; all of them if none is named.
-
-        Raises:
-            KeyError: If there is no such task.
-            ValueError: If the class has no such hyper-parameter.
+            *names: Hyper-parameters of the class, such as "lr"; all of them if none is named.
         """
         self[task]
         self._updater.pin(task, names)
@@ -226,9 +218,6 @@ class IndependentOptimizer(SequentialOptimizer):
 
         Args:
             task: One of the tasks.
-
-        Raises:
-            KeyError: If there is no such task.
         """
         self[task]
         self._updater.reset(task)
@@ -248,7 +237,7 @@ def random_groups(
         Groups of names, ready for the `tasks` of any method. The authors draw them once per run.
 
     Raises:
-        ValueError: If `size` is not between 1 and the number of tasks.
+        ValueError: If `size` is out of its range.
 
     Example:
         >>> groups = random_groups(["a", "b", "c"], 2, torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from mtlopt._core.combining import CombiningOptimizer
 from mtlopt._core.options import Options
 from mtlopt._gradients.evaluation import Evaluation, Forwards
-from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of, sum_tensors, weighted
+from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of
 
 
 class JointOptimizer(CombiningOptimizer):
@@ -31,8 +31,7 @@ class JointOptimizer(CombiningOptimizer):
             name as ``self.weights``, may be changed between steps, and are not saved.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
-        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
-            as absent; both cost a synchronisation.
+        check_finite: Whether a loss that is not finite raises; "skip" leaves its task out.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
 
     Raises:
@@ -79,7 +78,7 @@ class JointOptimizer(CombiningOptimizer):
         if unknown:
             raise ValueError(f"`weights` must name tasks among {list(names)}, got {unknown} too.")
         self.weights: dict[str, float] = {name: by_name.get(name, 1.0) for name in names}
-        self._checked_weights()
+        self._weights_by_name()
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns ``skipped`` alone: the backward pass of a sum does not separate the tasks."""
@@ -87,9 +86,9 @@ class JointOptimizer(CombiningOptimizer):
 
     def _make_gradient(self, evaluation: Evaluation) -> Values:
         # Eq. 1, over the present tasks.
-        return evaluation.add_sum(evaluation.names, self._checked_weights())
+        return evaluation.add_sum(evaluation.names, self._weights_by_name())
 
-    def _checked_weights(self) -> dict[str, float]:
+    def _weights_by_name(self) -> dict[str, float]:
         # At every step, because the user may change them between steps.
         for name, weight in self.weights.items():
             value: Any = weight
@@ -107,7 +106,3 @@ class JointOptimizer(CombiningOptimizer):
 
     def _is_sum(self) -> bool:
         return all(isinstance(w, Real) and w == 1 for w in self.weights.values())
-
-    def _objective(self, values: Values) -> Tensor:
-        weights = self._checked_weights()
-        return sum_tensors([weighted(v, weights.get(name, 1.0)) for name, v in values.items()])

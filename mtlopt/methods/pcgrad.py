@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mtlopt._core.combining import CombiningOptimizer
 from mtlopt._core.options import Options
-from mtlopt._gradients.arithmetic import Gradients, Rows, conflict_fraction, cosines
+from mtlopt._gradients.arithmetic import Gradients, Rows, conflict_fraction, cosines, with_gaps
 from mtlopt._gradients.evaluation import Forwards
 from mtlopt._gradients.losses import CheckFinite, Task
 
@@ -71,8 +71,7 @@ class PCGrad(CombiningOptimizer):
         seed: Seed of the random orders; ``self.generator`` is saved in the state dict.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; an overflow skips the step.
-        check_finite: What becomes of a loss that is not finite: True raises, "skip" treats its task
-            as absent; both cost a synchronisation.
+        check_finite: Whether a loss that is not finite raises; "skip" leaves its task out.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
         features: Module or modules whose outputs all tasks share, usually the trunk: gradients are
             combined there, and one backward pass carries the result through the trunk.
@@ -129,14 +128,10 @@ class PCGrad(CombiningOptimizer):
         if not self._seen:
             return self._skipped()
         products, coefficients, present = self._seen[-1]
-        index, count = torch.tensor(present, device="cpu"), len(self.tasks)
-        nan = torch.full((), float("nan"), dtype=torch.float64, device="cpu")
-        angles, weights = nan.repeat(count, count), nan.repeat(count)
-        angles[index[:, None], index] = cosines(products)
-        weights[index] = nan.new_tensor(coefficients)
+        weights, count = products.new_tensor(coefficients), len(self.tasks)
         return {
-            "cosines": angles,
-            "coefficients": weights,
+            "cosines": with_gaps(cosines(products), present, count),
+            "coefficients": with_gaps(weights, present, count),
             "conflict_fraction": conflict_fraction(products),
             **self._skipped(),
         }

@@ -17,7 +17,7 @@ from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of, sum_by_task
 from mtlopt._gradients.sums import average_losses
-from mtlopt.methods._torchjd import drawing_from, needs_all_tasks, restore, states_of
+from mtlopt.methods._torchjd import check_absent, drawing_from, restore, states_of
 
 
 class Scalarized(CombiningOptimizer):
@@ -26,37 +26,32 @@ class Scalarized(CombiningOptimizer):
     .. math:: w \leftarrow w - \eta \, \nabla_w \, \mathcal{S}(L_1(w), \dots, L_T(w))
               = w - \eta \sum_k \frac{\partial \mathcal{S}}{\partial L_k} \, g_k(w)
 
-    Uncertainty weighting, dynamic weight average, IMTL-L, FAMO, smooth Tchebycheff, random weights
-    and others need only the values of the losses, so a step is one forward and one backward pass.
-    Over several micro-batches and ranks the rule is applied once, to the averaged losses; its
-    derivatives :math:`\partial \mathcal{S} / \partial L_k` there weight the averaged gradients of
-    the tasks, which gives the gradient on the joined batch. With micro-batches, or with
-    ``forwards="per-task"``, each task is therefore differentiated separately.
+    Uncertainty weighting (UW), DWA, IMTL-L, FAMO, smooth Tchebycheff, random weights and others
+    need only the values of the losses, so a step is one forward and one backward pass. Over several
+    micro-batches and ranks the rule is applied once, to the averaged losses, and its derivatives
+    there weight the tasks' averaged gradients. With micro-batches, or with ``forwards="per-task"``,
+    each task is therefore differentiated separately.
 
     Parameters of the scalarizer (those of UW and IMTL-L) that `optimizer` does not hold become a
-    group of it, without weight decay. They are moved to the device of the optimizer's first
-    parameter, and are saved in the state dict with the scalarizer's state; for
+    group of it, without weight decay, on the device of its first parameter. For
     ``torch.distributed.checkpoint``, which knows parameters by their names in the model, make the
-    scalarizer a submodule of it. A rule that needs the losses after the step (FAMO, by its method
-    ``update``) holds its own parameters and gets those losses: ``losses`` is called once more,
-    without gradients unless it differentiates with respect to its inputs. The model's mode stays
-    as it is, so batch norm sees the batch twice. Once an epoch, call what the rule needs in your
-    loop: ``optimizer.scalarizer.step()`` for DWA.
+    scalarizer a submodule of it. For a rule that needs the losses after the step (FAMO, by its
+    method ``update``), ``losses`` is called once more, without gradients unless it differentiates
+    with respect to its inputs; in training mode batch norm sees the batch twice. Once an epoch,
+    call what the rule needs in your loop: ``optimizer.scalarizer.step()`` for DWA.
 
     Args:
         optimizer: Optimizer that applies the gradient; it owns the parameters.
         tasks: Names of the tasks; a tuple of names is a group, one objective with one value.
-        scalarizer: A ``torchjd.scalarization.Scalarizer`` (TorchJD 0.18 or later), which gets the
-            (T,) losses in the order of `tasks`. The losses of absent tasks are left out, which a
-            rule with a state or with a vector of length T does not allow, but for UW and IMTL-L:
-            an absent task's parameter there, and its moments, do not move.
+        scalarizer: A ``torchjd.scalarization.Scalarizer`` (TorchJD 0.18 or later) of the (T,)
+            losses in the order of `tasks`. Absent tasks are left out, which a rule with a state or
+            with a vector of length T does not allow; in UW and IMTL-L their parameters rest.
         forwards: "joint" asks for all tasks' losses at once, "per-task" for one at a time.
         scaler: Gradient scaler for float16; the rule sees unscaled losses, and an overflow skips
             the step and leaves the rule's state as it was.
         check_finite: Whether a loss that is not finite raises, and a rule that is not finite at
-            finite losses; it costs a synchronisation. "skip" treats such a loss as absent. At the
-            first step, and at every step of FAMO, which would remember it, the rule is checked in
-            any case.
+            finite losses; "skip" leaves the task of such a loss out. At the first step, and at
+            every step of FAMO, which would remember it, the rule is checked in any case.
         process_group: Ranks to average over, with a model that is not wrapped in DDP.
 
     Raises:
@@ -165,14 +160,15 @@ class Scalarized(CombiningOptimizer):
         present = sum_by_task(self.tasks, values)
         if not present:
             return {}
-        absent = self._check_present(present)
-        one = torch.ones((), device=self._device)
+        absent = [k for k, task in enumerate(self.tasks) if task not in present]
         asked = present
-        places = [self.tasks.index(task) for task in absent]
         if self._separates:
             # Any loss will do for an absent task, whose term is left out below.
+            one = torch.ones((), device=self._device)
             asked = {task: present.get(task, one) for task in self.tasks}
-            self._rule.hold(places, self.state)
+            self._rule.hold(absent, self.state)
+        else:
+            check_absent("scalarizer", self.scalarizer, self.tasks, present)
         unit = self._scale_of_gradients()
         losses = _stack(asked, self._device)
         losses = losses / unit if self._losses_are_scaled else losses
@@ -187,10 +183,10 @@ class Scalarized(CombiningOptimizer):
         if found:
             scaled = {key: gradient * unit for key, gradient in found.items()}
             for gradient in scaled.values() if absent else ():
-                gradient[places] = 0
+                gradient[absent] = 0
             add_to_grads(parameters, [scaled.get(id(parameter)) for parameter in parameters])
-        found_by_task = dict(zip(asked, slopes.unbind(), strict=True))
-        by_task = {task: found_by_task[task] for task in present}
+        own = zip(asked, slopes.unbind(), strict=True)
+        by_task = {task: slope for task, slope in own if task in present}
         nan = torch.full_like(slopes[0], float("nan"))
         self._seen["coefficients"] = torch.stack([by_task.get(task, nan) for task in self.tasks])
         return {name: slope for task, slope in by_task.items() for name in names_of(task)}
@@ -202,17 +198,6 @@ class Scalarized(CombiningOptimizer):
                 f"`losses` must be in the domain of {type(self.scalarizer).__name__}, which is not "
                 f"finite at {values}: most rules need positive losses."
             )
-
-    def _check_present(self, present: Mapping[Task, Tensor]) -> list[Task]:
-        """Returns the absent tasks, or raises an error where the rule cannot miss them."""
-        absent = [task for task in self.tasks if task not in present]
-        reason = needs_all_tasks(self.scalarizer, len(self.tasks)) if absent else ""
-        if reason and not self._separates:
-            raise ValueError(
-                f"`scalarizer` {type(self.scalarizer).__name__} must see every task at every step: "
-                f"it has {reason}. Absent from this batch: {absent}."
-            )
-        return absent
 
     def _stepped(self, skipped: Tensor | None) -> None:
         self._rule.release(self.state)
@@ -237,11 +222,7 @@ class Scalarized(CombiningOptimizer):
 
 
 class Rule:
-    """Differentiates a scalarizer, keeps its state over skipped steps, and lets it learn.
-
-    Args:
-        scalarizer: A ``torchjd.scalarization.Scalarizer``.
-    """
+    """Differentiates a scalarizer, keeps its state over skipped steps, and lets it learn."""
 
     def __init__(self, scalarizer: nn.Module) -> None:
         self.scalarizer = scalarizer
@@ -255,15 +236,9 @@ class Rule:
     def differentiate(
         self, losses: Tensor, parameters: Iterable[Tensor]
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Evaluates the rule once.
+        """Returns the scalar at (T,) losses, its derivatives there, and those by the parameters.
 
-        Args:
-            losses: (T,) averaged losses of the present tasks.
-            parameters: The optimizer's parameters, which may include the rule's own.
-
-        Returns:
-            The scalar, its (T,) derivatives by the losses, and by id its gradients with respect to
-            the rule's own parameters; a parameter that it does not use has none.
+        The last are gradients by the id of those of the optimizer's parameters that the rule uses.
         """
         losses = losses.detach().requires_grad_()
         # A caller's autocast region is not meant for the rule.
