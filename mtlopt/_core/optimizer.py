@@ -68,6 +68,7 @@ class MultiTaskOptimizer(Optimizer):
     """Source of the method's random numbers, if it draws any; saved in the state dict."""
 
     _takes_class: ClassVar[bool] = False
+    _third: ClassVar[str] = ""  # what follows `tasks` in the line that an error ends in
     _updater: "Single | Panel"
     """Whose update it is: one optimizer for all tasks, or one for each."""
 
@@ -78,14 +79,20 @@ class MultiTaskOptimizer(Optimizer):
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     def __new__(cls, *args: Any, **options: Any) -> "MultiTaskOptimizer":
-        """Refuses a class before Python complains of the arguments that follow it."""
+        """Refuses wrong arguments before Python does, with the line to write."""
         # Copies and pickles call this without arguments.
-        if args and isinstance(args[0], type) and not cls._takes_class:
-            name = args[0].__name__
-            raise TypeError(
-                f"`optimizer` must be an instance of a plain torch.optim.Optimizer, got the class "
-                f"{name}: pass an instance, {cls.__name__}({name}(params, lr=...), tasks)."
-            )
+        if (args or options) and not cls._takes_class:
+            kind = args[0].__name__ if args and isinstance(args[0], type) else ""
+            line = f"{cls.__name__}({kind or 'Adam'}(params, lr=...), tasks{cls._third})"
+            if kind:
+                raise TypeError(
+                    "`optimizer` must be an instance of a plain torch.optim.Optimizer, "
+                    f"got the class {kind}: pass an instance, {line}."
+                )
+            try:
+                inspect.signature(cls).bind(*args, **options)
+            except TypeError as error:
+                raise TypeError(f"`{cls.__name__}` {error}: {line}.") from None
         return super().__new__(cls)
 
     def __init__(self, updater: "Single | Panel", tasks: Iterable[Task], options: Options) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from mtlopt._gradients.losses import CheckFinite, check_option
+from mtlopt._gradients.losses import CheckFinite
 
 
 class Options(NamedTuple):
@@ -18,7 +18,8 @@ class Options(NamedTuple):
 
     def check(self, optimizer: Optimizer, needs_closure: bool) -> None:
         """Refuses values out of range, or that do not fit the class of optimizer."""
-        check_option(self.check_finite)
+        if (given := self.check_finite) not in (False, True, "skip"):
+            raise ValueError(f"`check_finite` must be False, True or 'skip', got {given!r}.")
         if self.scaler is not None and not isinstance(self.scaler, torch.amp.GradScaler):
             raise TypeError(
                 f"`scaler` must be a torch.amp.GradScaler, got {self.scaler!r}: "

@@ -35,17 +35,7 @@ def make_replicas(
             "Set a task's learning rate, optimizer[task].param_groups[0]['lr'] = ..., or use "
             "JointOptimizer(optimizer, tasks, weights)."
         )
-    return _build_each(optimizer_class, params, check_tasks(tasks), options)
-
-
-def _build_each(
-    optimizer_class: Callable[..., Optimizer],
-    params: Iterable[Any],
-    tasks: Iterable[Task],
-    options: dict[str, Any],
-) -> dict[Task, Optimizer]:
-    """Makes an optimizer for each task by calling the class or factory."""
-    params = _check_params(params)
+    tasks, params = check_tasks(tasks), _check_params(params)
     return {task: _build(optimizer_class, params, options) for task in tasks}
 
 

@@ -57,12 +57,6 @@ def check_tasks(tasks: Iterable[Any]) -> tuple[Task, ...]:
     return checked
 
 
-def check_option(check_finite: object) -> None:
-    """Refuses other values of the option `check_finite` than it has."""
-    if check_finite not in (False, True, "skip"):
-        raise ValueError(f"`check_finite` must be False, True or 'skip', got {check_finite!r}.")
-
-
 def check_parameters(argument: str, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Returns the parameters as a list, or raises an error that says what was given instead."""
     given: object = parameters
