@@ -244,7 +244,7 @@ class MultiTaskOptimizer(Optimizer):
         # A scheduler on this optimizer asks whether a step came first, also one of the base's.
         self._opt_called = True
 
-    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Registers a hook that is called before each update, with the optimizer that updates.
 
         Args:
@@ -252,7 +252,7 @@ class MultiTaskOptimizer(Optimizer):
         """
         return Optimizer.register_step_pre_hook(self._updater.hooked or self, hook)
 
-    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Registers a hook that is called after each update, with the optimizer that updates.
 
         Args:
