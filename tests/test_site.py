@@ -24,7 +24,7 @@ def test_outputs_are_not_committed() -> None:
 def test_it_ends_in_a_table_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     mpl.use("agg")
     names: dict[str, Any] = {"__name__": "notebook"}
-    program = "\n".join(CODE)
+    program = "\n".join(CODE).replace("%matplotlib inline\n", "")
     for old, new in {"steps=400": "steps=20", "range(1, 6)": "range(1, 3)"}.items():
         assert old in program
         program = program.replace(old, new)
