@@ -33,7 +33,7 @@ html_css_files = ["site.css"]
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
-myst_enable_extensions = ["dollarmath", "attrs_block"]
+myst_enable_extensions = ["dollarmath", "attrs_block", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"  # notebooks are kept without outputs; an error in one fails the build
 nb_execution_raise_on_error = True
@@ -55,23 +55,22 @@ nitpick_ignore_regex = [
 
 
 ROOT = Path(__file__).parents[1]
-FIGURES = {  # What figures/*.py write, and what they read beside the package
-    "gradient_norms.md": "examples/refuge/**/*.py",
-    "gradnorm_toy.png": "tests/gradnorm_toy.py",
-    "tour.png": "docs/getting-started.md",
-    "trajectories.png": "docs/figures/trajectories.py",
+FIGURES = {  # A script, one of the files that it writes, what it reads besides the package
+    "gradient_norms.py": ("gradient_norms.md", "examples/refuge/**/*.py"),
+    "gradnorm_toy.py": ("gradnorm_toy.png", "tests/gradnorm_toy.py"),
+    "tour.py": ("tour.png", "docs/getting-started.md"),
+    "trajectories.py": ("balanced-light.png", "docs/figures/trajectories.py"),
 }
 
 
 def draw_figures(app: Any) -> None:
     """Draws each figure that is missing, or older than the code that it shows."""
-    for name, sources in FIGURES.items():
-        product = ROOT / "docs/figures" / name
-        script = product.with_suffix(".py")
+    for name, (product, sources) in FIGURES.items():
+        script, drawn = ROOT / "docs/figures" / name, ROOT / "docs/figures" / product
         read = [script, *ROOT.glob("mtlopt/**/*.py"), *ROOT.glob(sources)]
         newest = max(file.stat().st_mtime for file in read)
-        if not product.exists() or product.stat().st_mtime < newest:
-            print(f"drawing {name}")
+        if not drawn.exists() or drawn.stat().st_mtime < newest:
+            print(f"running {name}")
             subprocess.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -90,7 +89,7 @@ def require_every_public_name(app: Any, env: Any) -> None:
 
 
 def show_public_bases(app: Any, name: str, obj: type, options: Any, bases: list[type]) -> None:
-    """Puts the nearest base that a reader can look up in the place of a private one."""
+    """Replaces a private base by the nearest one that a reader can look up."""
     public = {value for value in vars(mtlopt).values() if inspect.isclass(value)}
 
     def is_public(base: type) -> bool:

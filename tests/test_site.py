@@ -51,7 +51,7 @@ def test_a_figure_is_drawn_again_when_the_code_that_it_shows_has_changed(
         os.utime(file, (0, 2 if name == changed else 1))
     drawn: list[str] = []
     monkeypatch.setattr(conf, "ROOT", tmp_path)
-    monkeypatch.setattr(conf, "FIGURES", {"tour.png": "docs/getting-started.md"})
+    monkeypatch.setattr(conf, "FIGURES", {"tour.py": ("tour.png", "docs/getting-started.md")})
     monkeypatch.setattr(subprocess, "run", lambda command, **_: drawn.append(command[-1]))
     conf.draw_figures(None)
     assert drawn == ([] if changed is None else [str(tmp_path / "docs/figures/tour.py")])
