@@ -18,8 +18,10 @@ class Options(NamedTuple):
 
     def check(self, optimizer: Optimizer, needs_closure: bool) -> None:
         """Refuses values out of range, or that do not fit the class of optimizer."""
-        if (given := self.check_finite) not in (False, True, "skip"):
-            raise ValueError(f"`check_finite` must be False, True or 'skip', got {given!r}.")
+        if self.check_finite not in (False, True, "skip"):
+            raise ValueError(
+                f"`check_finite` must be False, True or 'skip', got {self.check_finite!r}."
+            )
         if self.scaler is not None and not isinstance(self.scaler, torch.amp.GradScaler):
             raise TypeError(
                 f"`scaler` must be a torch.amp.GradScaler, got {self.scaler!r}: "

@@ -35,8 +35,9 @@ def make_replicas(
             "Set a task's learning rate, optimizer[task].param_groups[0]['lr'] = ..., or use "
             "JointOptimizer(optimizer, tasks, weights)."
         )
-    tasks, params = check_tasks(tasks), _check_params(params)
-    return {task: _build(optimizer_class, params, options) for task in tasks}
+    checked = check_tasks(tasks)
+    params = _check_params(params)
+    return {task: _build(optimizer_class, params, options) for task in checked}
 
 
 def _duplicates(optimizer: Optimizer, tasks: Iterable[Task]) -> dict[Task, Optimizer]:
