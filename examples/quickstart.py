@@ -120,13 +120,13 @@ def train(
 
 def compare(steps: int, seeds: int) -> None:
     """Prints what every method, and a sum whose weights were searched for, reach."""
-    # Adam ignores a common factor, so that one weight may stay 1. The search has a seed of its own.
+    print("Loss on new data in % of chance level, lower is better:", end=" ")
+    print(f"{steps} steps, mean ± standard error of {seeds} seeds\n", flush=True)
+    # Adam ignores a common factor, so one weight may stay 1. The search uses another seed.
     tries = [{"price": p, "days": d} for p, d in product((1, 0.1, 0.01), (0.1, 1, 10))]
     best = min(tries, key=lambda weights: train("joint", seeds, steps, weights)[0].mean().item())
     installed = importlib.util.find_spec("torchjd") is not None
     methods = [method for method in METHODS if installed or method not in OF_TORCHJD]
-    print("Loss on new data in % of chance level, lower is better:", end=" ")
-    print(f"{steps} steps, mean ± standard error of {seeds} seeds\n")
     print("method       price   days   sold    all three    time of a step")
     means, price_of_joint = {}, 0.0
     for name in ("joint", "tuned sum", *methods[1:]):
@@ -138,9 +138,9 @@ def compare(steps: int, seeds: int) -> None:
         means[name] = reached.mean(1)
         numbers = " ".join(f"{value:6.1f}" for value in reached.mean(0))
         spread = f"{means[name].mean():5.1f} ± {means[name].std() / seeds**0.5:3.1f}"
-        print(f"{name:11} {numbers}   {spread:12} {seconds / price_of_joint:8.1f} x")
+        print(f"{name:11} {numbers}   {spread:12} {seconds / price_of_joint:8.1f} x", flush=True)
     if not installed:
-        print(f"Left out: {', '.join(OF_TORCHJD)}, which need TorchJD.")
+        print(f"Left out: {', '.join(OF_TORCHJD)}, which need TorchJD: pip install '.[torchjd]'")
     tuned = means.pop("tuned sum")
     first = min(means, key=lambda name: means[name].mean().item())
     ahead = int((tuned < means[first]).sum())
@@ -205,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # The network is too small for more.
     parallel = dist.is_torchelastic_launched()  # by torchrun
+    if options.seeds < 2:
+        parser.error(f"--seeds must be at least 2, got {options.seeds}: --seeds 5")
     if options.method is None and not parallel and not options.plot:
         compare(options.steps, options.seeds)
         return

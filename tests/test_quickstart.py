@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart.py"
+LEFT_OUT = "Left out: upgrad, uw, which need TorchJD: pip install '.[torchjd]'"
 METHODS = ["joint", "balanced", "alternating", "independent", "pcgrad", "gradnorm", "upgrad", "uw"]
 
 
@@ -62,7 +63,7 @@ def test_without_a_method_all_are_compared(
     _, table, sentence = capsys.readouterr().out.strip().split("\n\n")
     lines = table.splitlines()[1:]
     missing = [] if torchjd else lines[-1:]
-    assert missing == ([] if torchjd else ["Left out: upgrad, uw, which need TorchJD."])
+    assert missing == ([] if torchjd else [LEFT_OUT])
     rows = {line[:11].strip(): line[11:].split() for line in lines if line not in missing}
     offered = METHODS if torchjd else METHODS[:-2]
     assert list(rows) == ["joint", "tuned sum", *offered[1:]]
