@@ -84,6 +84,14 @@ def test_without_a_method_all_are_compared(
     assert float(said[3]) == pytest.approx(tuned, abs=0.6)
 
 
+def test_one_seed_has_no_standard_error(
+    quickstart: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        quickstart.main(["--seeds", "1"])
+    assert "--seeds must be at least 2, got 1" in capsys.readouterr().err
+
+
 def test_the_comparison_is_repeatable_and_fair(quickstart: ModuleType) -> None:
     """The same seed has the same data, weights and batches for every method."""
     equal = dict.fromkeys(quickstart.TASKS, 1.0)
