@@ -14,7 +14,7 @@ project_copyright = "2026, The mtlopt authors"
 version = release = mtlopt.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -35,6 +35,10 @@ copybutton_prompt_is_regexp = True
 
 myst_enable_extensions = ["dollarmath", "attrs_block", "deflist"]
 myst_heading_anchors = 3
+nb_execution_mode = "force"  # notebooks are kept without outputs; an error in one fails the build
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # seconds for a cell
+nb_merge_streams = True
 
 autodoc_inherit_docstrings = False  # torch's refer to names that torch's own pages define
 autodoc_member_order = "bysource"
@@ -94,8 +98,16 @@ def show_public_bases(app: Any, name: str, obj: type, options: Any, bases: list[
     bases[:] = dict.fromkeys(next(filter(is_public, base.__mro__)) for base in bases)
 
 
+def hide_abstract_signature(
+    app: Any, what: str, name: str, obj: object, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """Leaves out the arguments of the base class, which nobody calls."""
+    return ("", "") if obj is mtlopt.MultiTaskOptimizer else None
+
+
 def setup(app: Any) -> None:
     """Registers the functions above."""
     app.connect("builder-inited", draw_figures)
     app.connect("autodoc-process-bases", show_public_bases)
+    app.connect("autodoc-process-signature", hide_abstract_signature)
     app.connect("env-check-consistency", require_every_public_name)

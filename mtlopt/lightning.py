@@ -18,9 +18,7 @@ try:
     from lightning.pytorch import LightningModule
     from lightning.pytorch.strategies import DDPStrategy
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"{error}: pip install 'mtlopt[lightning]'", name=error.name
-    ) from None
+    raise ModuleNotFoundError(f"{error}: pip install lightning", name=error.name) from None
 
 __all__ = ["MultiTaskModule"]
 

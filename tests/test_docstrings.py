@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +63,34 @@ def test_a_public_name_shows_an_example_and_names_its_source(name: str) -> None:
     assert "References:\n    " in documented
     if NAMES[name] not in (BASE, mtlopt.ConflictReport):
         assert "Raises:\n    " in documented
+
+
+CLASSES = [
+    value
+    for value in NAMES.values()
+    if isinstance(value, type) and issubclass(value, BASE) and value is not BASE
+]
+
+
+@pytest.mark.parametrize("method", CLASSES)
+def test_the_signature_is_the_constructors_with_its_defaults_and_types(method: Any) -> None:
+    """Help and the reference would show `(*args, **options)`, which `__new__` takes."""
+    shown = inspect.signature(method).parameters
+    own = inspect.signature(method.__init__).parameters
+    assert list(shown) == [*own][1:]
+    for name, parameter in shown.items():
+        assert parameter.default == own[name].default
+        if parameter.kind != parameter.VAR_KEYWORD:
+            assert parameter.annotation not in (Any, inspect.Parameter.empty), name
+
+
+def test_the_reference_has_inherited_members_once() -> None:
+    """`backward` and `base`, which several methods share, under the first of these."""
+    page = (Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert ":inherited-members:" not in page
+    assert re.findall(r"^   \.\. auto\w+:: (\w+)$", page, re.MULTILINE) == [
+        "diagnostics",
+        "diagnostics",
+        "backward",
+        "base",
+    ]

@@ -39,7 +39,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_optimizer_and_its_states_are_freed_without_the_garbage_collector(method: str) -> None:
-    """Otherwise a notebook that makes its optimizer again would hold T more states on the device."""
+    """Otherwise a notebook that makes its optimizer again holds T more states on the device."""
     model: Any = Network()
     Adam(model.parameters())  # The first in a process makes a cycle of torch's own.
     optimizer = METHODS[method](model)

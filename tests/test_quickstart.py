@@ -1,7 +1,8 @@
-"""examples/quickstart.py: the losses fall with every method, alone, with plots, on two ranks."""
+"""examples/quickstart.py: a table of every method, and each alone, with plots, on two ranks."""
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart.py"
-METHODS = ["independent", "alternating", "joint", "balanced", "pcgrad", "gradnorm"]
+LEFT_OUT = "Left out: upgrad, uw, which need TorchJD: pip install '.[torchjd]'"
+METHODS = ["joint", "balanced", "alternating", "independent", "pcgrad", "gradnorm", "upgrad", "uw"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,60 @@ def test_every_tasks_loss_falls(
 
 def test_the_methods_offered_are_those_tested(quickstart: ModuleType) -> None:
     assert list(quickstart.METHODS) == METHODS
+
+
+@pytest.mark.parametrize("torchjd", [True, False])
+def test_without_a_method_all_are_compared(
+    quickstart: ModuleType,
+    torchjd: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A table with a row each and for a sum with tuned weights, then one sentence of it."""
+    if not torchjd:
+        monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None)
+    quickstart.main(["--steps", "30", "--seeds", "2"])
+    _, table, sentence = capsys.readouterr().out.strip().split("\n\n")
+    lines = table.splitlines()[1:]
+    missing = [] if torchjd else lines[-1:]
+    assert missing == ([] if torchjd else [LEFT_OUT])
+    rows = {line[:11].strip(): line[11:].split() for line in lines if line not in missing}
+    offered = METHODS if torchjd else METHODS[:-2]
+    assert list(rows) == ["joint", "tuned sum", *offered[1:]]
+    scores = {}
+    for name, (price, days, sold, mean, _, error, cost, _) in rows.items():
+        assert float(mean) == pytest.approx(
+            (float(price) + float(days) + float(sold)) / 3, abs=0.11
+        )
+        assert float(error) > 0
+        assert float(cost) > 0
+        scores[name] = float(mean)
+    assert rows["joint"][-2] == "1.0"
+    tuned = scores.pop("tuned sum")
+    said = re.search(r"Without a search (\w+) does best, with (\d+) %.* reaches (\d+) %", sentence)
+    assert said is not None
+    assert scores[said[1]] == pytest.approx(min(scores.values()), abs=0.11)
+    assert float(said[2]) == pytest.approx(scores[said[1]], abs=0.6)
+    assert float(said[3]) == pytest.approx(tuned, abs=0.6)
+
+
+def test_one_seed_has_no_standard_error(
+    quickstart: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        quickstart.main(["--seeds", "1"])
+    assert "--seeds must be at least 2, got 1" in capsys.readouterr().err
+
+
+def test_the_comparison_is_repeatable_and_fair(quickstart: ModuleType) -> None:
+    """The same seed has the same data, weights and batches for every method."""
+    equal = dict.fromkeys(quickstart.TASKS, 1.0)
+    plain, again, weighted = (
+        quickstart.train("joint", 1, 20, weights)[0] for weights in (None, None, equal)
+    )
+    assert plain.tolist() == again.tolist() == weighted.tolist()
+    start, end = (quickstart.train("joint", 1, steps)[0].mean() for steps in (1, 300))
+    assert end < 0.6 * start
 
 
 def test_the_tasks_conflict_at_the_start(

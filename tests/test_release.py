@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -28,10 +29,10 @@ def check() -> ModuleType:
 def copy(tmp_path: Path) -> Path:
     """A copy as it is to be uploaded: a heading below `Unreleased` names the version and a day."""
     (tmp_path / "mtlopt").mkdir()
-    for file in ("mtlopt/__init__.py", "CITATION.cff", "CHANGELOG.md"):
+    for file in ("mtlopt/__init__.py", "CITATION.cff"):
         shutil.copy(ROOT / file, tmp_path / file)
-    heading = f"## [Unreleased]\n\n## [{mtlopt.__version__}] - 2030-01-31\n"
-    edit(tmp_path / "CHANGELOG.md", r"## \[Unreleased\]\n", heading)
+    entry = f"## [Unreleased]\n\n## [{mtlopt.__version__}] - 2030-01-31\n\n- All of it.\n"
+    (tmp_path / "CHANGELOG.md").write_text(entry, encoding="utf-8")
     return tmp_path
 
 
@@ -44,6 +45,18 @@ def edit(file: Path, pattern: str, text: str) -> None:
 
 def test_a_release_is_ready_when_all_name_it(check: ModuleType, copy: Path) -> None:
     assert check.disagreements(copy) == []
+
+
+@pytest.mark.parametrize(("day", "status"), [("2030-01-31", 0), ("soon", 1)])
+def test_the_program_fails_where_something_is_left_to_write(
+    copy: Path, day: str, status: int
+) -> None:
+    (copy / ".ci").mkdir()
+    program = shutil.copy(ROOT / ".ci/check_release.py", copy / ".ci")
+    log = copy / "CHANGELOG.md"
+    log.write_text(log.read_text(encoding="utf-8").replace("2030-01-31", day), encoding="utf-8")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    assert (done.returncode, bool(done.stderr)) == (status, bool(status))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +73,20 @@ def test_what_is_left_to_write_is_named(
 ) -> None:
     edit(copy / file, pattern, text)
     assert said in "\n".join(check.disagreements(copy))
+
+
+def test_the_first_release_has_one_entry_and_changes_nothing_that_was_released() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first = text[text.index("## [0.1.0]") :]
+    assert re.findall(r"^##+ .*", first, re.MULTILINE)[1:] == ["### Added"]
+
+
+@pytest.mark.parametrize("extra", ["torchjd", "test"])
+def test_torchjd_is_bounded(extra: str) -> None:
+    """It is below 1.0: a minor release may rename what this package calls."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.split(f"\n{extra} = [")[1].split("\n]")[0]
+    assert re.search(r'"torchjd\[\w+\]>=0\.18,<0\.19"', section)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

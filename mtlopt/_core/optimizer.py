@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtlopt._core.closures import needs_closure
-from mtlopt._core.options import Options
+from mtlopt._core.options import Options, check_arguments
 from mtlopt._core.state import extras, lasting, load, save
 from mtlopt._core.warnings import EMPTY_STEPS, Warnings
 from mtlopt._gradients.arithmetic import device_of
@@ -72,6 +72,7 @@ class MultiTaskOptimizer(Optimizer):
     """Source of the method's random numbers, if it draws any; saved in the state dict."""
 
     _takes_class: ClassVar[bool] = False
+    _third: ClassVar[str] = ""  # what follows `tasks` in the line that an error ends in
     _updater: "Single | Panel"
     """Whose update it is: one optimizer for all tasks, or one for each."""
 
@@ -82,14 +83,10 @@ class MultiTaskOptimizer(Optimizer):
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     def __new__(cls, *args: Any, **options: Any) -> "MultiTaskOptimizer":
-        """Refuses a class before Python complains of the arguments that follow it."""
+        """Refuses wrong arguments before Python does, with the line to write."""
         # Copies and pickles call this without arguments.
-        if args and isinstance(args[0], type) and not cls._takes_class:
-            name = args[0].__name__
-            raise TypeError(
-                f"`optimizer` must be an instance of a plain torch.optim.Optimizer, got the class "
-                f"{name}: pass an instance, {cls.__name__}({name}(params, lr=...), tasks)."
-            )
+        if (args or options) and not cls._takes_class:
+            check_arguments(cls, args, options, third=cls._third)
         return super().__new__(cls)
 
     def __init__(self, updater: "Single | Panel", tasks: Iterable[Task], options: Options) -> None:
@@ -251,7 +248,7 @@ class MultiTaskOptimizer(Optimizer):
         # A scheduler on this optimizer asks whether a step came first, also one of the base's.
         self._opt_called = True
 
-    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Registers a hook that is called before each update, with the optimizer that updates.
 
         Args:
@@ -259,7 +256,7 @@ class MultiTaskOptimizer(Optimizer):
         """
         return Optimizer.register_step_pre_hook(self._updater.hooked or self, hook)
 
-    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Registers a hook that is called after each update, with the optimizer that updates.
 
         Args:

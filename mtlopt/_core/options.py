@@ -1,6 +1,8 @@
 """Options: what every method accepts."""
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,3 +34,20 @@ class Options(NamedTuple):
                 "`scaler` and `process_group` must be None for a class that needs a closure, "
                 f"got {type(optimizer).__name__}."
             )
+
+
+def check_arguments(
+    method: type, args: tuple[Any, ...], options: Mapping[str, Any], third: str
+) -> None:
+    """Refuses arguments that a method's constructor does not take, with the line to write."""
+    kind = args[0].__name__ if args and isinstance(args[0], type) else ""
+    line = f"{method.__name__}({kind or 'Adam'}(params, lr=...), tasks{third})"
+    if kind:
+        raise TypeError(
+            "`optimizer` must be an instance of a plain torch.optim.Optimizer, "
+            f"got the class {kind}: pass an instance, {line}."
+        )
+    try:
+        inspect.signature(method).bind(*args, **options)
+    except TypeError as error:
+        raise TypeError(f"`{method.__name__}` {error}: {line}.") from None

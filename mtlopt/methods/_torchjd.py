@@ -3,6 +3,7 @@
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,6 +15,20 @@ from mtlopt._gradients.losses import Task
 PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))
 KIND = "torch.optim"
 """Key that marks the saved state of a module's optimizer."""
+
+
+def check_rule(rule: object, module: str, kind: str, method: Any) -> None:
+    """Refuses a rule that is not an object of TorchJD's, such as its name."""
+    try:
+        expected = getattr(import_module(f"torchjd.{module}"), kind)
+    except ImportError as error:
+        remedy = 'pip install "torchjd[quadprog_projector]>=0.18,<0.19"'
+        raise ImportError(f"`{type(method).__name__}` needs TorchJD: {remedy}.") from error
+    if not isinstance(rule, expected):
+        raise TypeError(
+            f"`{kind.lower()}` must be an instance of torchjd.{module}.{kind}, got {rule!r}: "
+            f"{type(method).__name__}(optimizer, tasks{method._third})."
+        )
 
 
 def stateful(module: nn.Module) -> list[nn.Module]:

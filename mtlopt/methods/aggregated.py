@@ -14,7 +14,14 @@ from mtlopt._core.options import Options
 from mtlopt._gradients.arithmetic import Gradients, Rows, tasks_by_parameter, with_gaps
 from mtlopt._gradients.evaluation import Forwards
 from mtlopt._gradients.losses import CheckFinite, Task
-from mtlopt.methods._torchjd import check_absent, drawing_from, restore, states_of, vectors
+from mtlopt.methods._torchjd import (
+    check_absent,
+    check_rule,
+    drawing_from,
+    restore,
+    states_of,
+    vectors,
+)
 
 
 class Aggregated(CombiningOptimizer):
@@ -59,6 +66,8 @@ class Aggregated(CombiningOptimizer):
         Quinton and Rey, 2024 (arXiv 2406.16232); https://torchjd.org.
     """
 
+    _third = ", torchjd.aggregation.UPGrad()"
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -73,23 +82,9 @@ class Aggregated(CombiningOptimizer):
     ) -> None:
         options = Options(scaler, check_finite, process_group)
         super().__init__(optimizer, tasks, forwards, options, features, takes_closures=False)
-        try:
-            from torchjd.aggregation import Aggregator, GramianWeightedAggregator
-        except ImportError as error:
-            raise ImportError(
-                "`Aggregated` needs TorchJD: pip install 'mtlopt[torchjd]'."
-            ) from error
-        if not isinstance(aggregator, Aggregator):
-            raise TypeError(
-                "`aggregator` must be an instance of torchjd.aggregation.Aggregator, "
-                f"got {aggregator!r}."
-            )
+        check_rule(aggregator, "aggregation", "Aggregator", self)
         self.aggregator = aggregator
-        self._weighting: Any = (
-            aggregator.gramian_weighting
-            if isinstance(aggregator, GramianWeightedAggregator)
-            else None
-        )
+        self._weighting: Any = getattr(aggregator, "gramian_weighting", None)
         # Draws for aggregators that are random, alike on every rank.
         self.generator = torch.Generator("cpu").manual_seed(0)
         self._seen: dict[str, Tensor] = {}

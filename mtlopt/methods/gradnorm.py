@@ -93,6 +93,8 @@ class GradNorm(CombiningOptimizer):
         Chen et al., 2018 (arXiv 1711.02257), section 3 and Algorithm 1.
     """
 
+    _third = ", features=model.trunk"
+
     def __init__(
         self,
         optimizer: Optimizer,

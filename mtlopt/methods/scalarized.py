@@ -17,7 +17,7 @@ from mtlopt._gradients.autograd import add_to_grads
 from mtlopt._gradients.evaluation import Evaluation, Forwards
 from mtlopt._gradients.losses import CheckFinite, Task, Values, names_of, sum_by_task
 from mtlopt._gradients.sums import average_losses
-from mtlopt.methods._torchjd import check_absent, drawing_from, restore, states_of
+from mtlopt.methods._torchjd import check_absent, check_rule, drawing_from, restore, states_of
 
 
 class Scalarized(CombiningOptimizer):
@@ -74,6 +74,8 @@ class Scalarized(CombiningOptimizer):
         et al., 2023 (arXiv 2306.03792), FAMO; https://torchjd.org for the others.
     """
 
+    _third = ", torchjd.scalarization.UW(len(tasks))"
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -87,17 +89,9 @@ class Scalarized(CombiningOptimizer):
     ) -> None:
         options = Options(scaler, check_finite, process_group)
         super().__init__(optimizer, tasks, forwards, options, takes_closures=False)
-        try:
-            from torchjd.scalarization import IMTLL, UW, Scalarizer
-        except ImportError as error:
-            raise ImportError(
-                "`Scalarized` needs TorchJD: pip install 'mtlopt[torchjd]'."
-            ) from error
-        if not isinstance(scalarizer, Scalarizer):
-            raise TypeError(
-                "`scalarizer` must be an instance of torchjd.scalarization.Scalarizer, "
-                f"got {scalarizer!r}."
-            )
+        check_rule(scalarizer, "scalarization", "Scalarizer", self)
+        from torchjd.scalarization import IMTLL, UW
+
         self.scalarizer = scalarizer.to(self._device)
         self._rule = Rule(self.scalarizer)
         # Rules that are a sum over the tasks, each with a parameter.
