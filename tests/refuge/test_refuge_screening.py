@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import predict
 import train
 from not_photographs import draw_all
 from refuge.errors import InputError
+from refuge.files import lock_folder
 from refuge.measurement.operating import Calibration, OperatingPoint, read_point
 from refuge.measurement.quality import REASONS, Quality, measure_limits, read_limits, write_limits
 from refuge.photographs.phantoms import draw_eye, draw_phantom
@@ -136,6 +138,9 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_table(
     kept = expected[: len(expected) // 2].count(b"\n") - 1
     drawn = {row["output"] for row in read_table(whole)[:kept]}
     shutil.rmtree(half / "overlays")
+    with lock_folder(half):
+        assert predict.main([*arguments, str(half), "--resume"]) == 2
+    assert "half: another process is writing into this folder." in capsys.readouterr().err
     assert predict.main([*arguments, str(half), "--resume"]) == 0
     assert (half / "predictions.csv").read_bytes() == expected
     again = {file.stem for file in (half / "overlays").iterdir()}
@@ -166,7 +171,7 @@ def test_calls_are_a_bounded_number_ahead() -> None:
             taken += 1
             yield (taken,)
 
-    with Workers(0) as pool:
+    with closing(Workers(0)) as pool:
         results = pool.map(str, endless())
         assert [next(results) for _ in range(100)] == [str(n) for n in range(1, 101)]
         assert taken <= 100 + pool.ahead
@@ -272,10 +277,11 @@ def test_what_is_stated_of_an_eye_is_shown_beside_what_is_seen(
     out = tmp_path / "out"
     assert predict.main([str(clinic / "run"), str(table), "--out", str(out)]) == 0
     assert [row["stated_eye"] for row in read_table(out)] == ["left", "left"]
-    assert (out / "report.html").read_text(encoding="utf-8").count("(stated: left)") == 2
+    shown = (out / "report.html").read_text(encoding="utf-8")
+    assert shown.count("<dt>eye</dt><dd>left") == 2
     row = dict.fromkeys(COLUMNS, "") | {"eye": "right", "stated_eye": "left", "verdict": "refer"}
     eye = make_card(row, Decision(None, "", {})).numbers["eye"]
-    assert eye.startswith("right (stated: left): do they contradict")
+    assert eye == "left as stated, but it looks like a right eye: is it mirrored?"
 
 
 def test_risks_stop_where_the_calibration_knows_no_more(tmp_path: Path) -> None:

@@ -700,7 +700,7 @@ def test_two_runs_into_one_folder_are_kept_apart(
     with lock_folder(out):
         assert run_here("--resume", "--out", out, "--epochs", 3) == 2
     assert capsys.readouterr().err == (
-        f"train.py: error: {out}: another process is training into this folder.\n"
+        f"train.py: error: {out}: another process is writing into this folder.\n"
     )
     assert (out / "last.pt").read_bytes() == before
     assert not (out / ".lock").exists()

@@ -69,7 +69,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"{folder}: another process is training into this folder.") from error
+        raise InputError(f"{folder}: another process is writing into this folder.") from error
     except OSError as error:
         raise InputError(f"{folder}: cannot be locked ({error.strerror}).") from error
     try:
