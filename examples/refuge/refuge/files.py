@@ -105,7 +105,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}).") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: must contain a JSON object.")
