@@ -143,6 +143,21 @@ def link_run(place: Place) -> None:
     place.run.symlink_to(place.home / "elsewhere")
 
 
+def link_nowhere(place: Place) -> None:
+    shutil.rmtree(place.run)
+    place.run.symlink_to(place.home / "none")
+
+
+def lock_out(place: Place) -> None:
+    place.out.mkdir()
+    place.opened.enter_context(lock_folder(place.out))
+
+
+def write_other_table(place: Place) -> None:
+    place.write("out/predictions.csv", "a,b\n1,2\n")
+    place.write("out/call.json", "{}")
+
+
 CASES = {
     # Runs
     "no run": Case(lambda p: shutil.rmtree(p.run), PREDICT, "config.json: not readable as JSON"),
@@ -170,7 +185,7 @@ CASES = {
     ),
     "run is a link": Case(link_run, PREDICT, "", 0),
     "a link to nothing": Case(
-        lambda p: (shutil.rmtree(p.run), p.run.symlink_to(p.home / "none")),
+        link_nowhere,
         *(PREDICT, "config.json: not readable"),
     ),
     # Photographs
@@ -208,11 +223,11 @@ CASES = {
     "out is a file": Case(lambda p: p.write("out", ""), PREDICT, "out: cannot be created"),
     "a full disk": Case(fill_disk, PREDICT, "cannot be written (No space left on device)"),
     "a call beside another": Case(
-        lambda p: (p.out.mkdir(), p.opened.enter_context(lock_folder(p.out))),
+        lock_out,
         *(PREDICT, "another process is writing into this folder"),
     ),
     "another program's table": Case(
-        lambda p: (p.write("out/predictions.csv", "a,b\n1,2\n"), p.write("out/call.json", "{}")),
+        write_other_table,
         *(PREDICT + " --resume", "take another `--out`"),
     ),
     "no out": Case(nothing, "predict {run} {eye}", "required: --out"),
