@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from refuge.errors import InputError, report_errors
+from refuge.errors import attempt, report_errors
 from refuge.network import TASKS
 from refuge.photographs.checks import find_warnings
 from refuge.photographs.data import Photographs, find_records
@@ -34,9 +34,9 @@ def check(options: argparse.Namespace, faults: list[str]) -> None:
 
     Args:
         options: The command line.
-        faults: Takes up a line for each photograph that cannot be used.
+        faults: Takes up a line for each fault.
     """
-    found = find_records(options.data, lambda error: faults.append(str(error)))
+    found = find_records(options.data, lambda error: faults.extend(error.lines()))
     splits = {}
     for split, records in found.items():
         usable = [
@@ -46,6 +46,7 @@ def check(options: argparse.Namespace, faults: list[str]) -> None:
         ]
         if usable:
             splits[split] = Photographs(usable, SIZE)
+    faults[:] = dict.fromkeys(faults)  # Several photographs may lack the same folder.
     for line in faults:
         print(f"fault: {line}")
     for line in find_warnings(splits, mirror=True):
@@ -62,12 +63,7 @@ def check(options: argparse.Namespace, faults: list[str]) -> None:
 
 
 def _can_read(record: Record, faults: list[str]) -> bool:
-    try:
-        record.read()
-    except InputError as error:
-        faults.append(str(error))
-        return False
-    return True
+    return attempt(lambda error: faults.extend(error.lines()), record.read) is not None
 
 
 def _parser() -> argparse.ArgumentParser:

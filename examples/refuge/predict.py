@@ -15,18 +15,19 @@ import hashlib
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 import mtlopt
 from refuge.best import BEST, open_run
 from refuge.errors import InputError, report_errors
-from refuge.files import make_folder, write_csv
+from refuge.files import lock_folder, make_folder, write_csv
 from refuge.measurement.evaluation import Trained
 from refuge.measurement.operating import RULES, read_point
 from refuge.measurement.quality import read_limits
@@ -44,6 +45,7 @@ from refuge.screening.results import (
     make_card,
     make_row,
     warn_of_differences,
+    warn_of_eyes,
 )
 from refuge.screening.table import Table
 from refuge.screening.workers import Workers
@@ -72,7 +74,7 @@ def predict(options: argparse.Namespace, failed: list[str]) -> None:
         workers = 0 if len(photographs) < FEW else min(4, os.cpu_count() or 1)
     if workers < 0:
         raise InputError(f"`--workers` must be at least 0, got {workers}.")
-    with Workers(workers) as pool, ExitStack() as opened:
+    with closing(Workers(workers)) as pool, ExitStack() as opened:
         trained, settings = open_run(options.run, options.device)
         decision = make_decision(options, trained, settings)
         if options.submission:
@@ -115,7 +117,7 @@ def screen(
     }
     table: Table | None = None
     if options.resume and (out / "predictions.csv").exists():
-        table = opened.enter_context(Table(out, call, resume=True))
+        table = _open_table(out, call, True, opened)
     done = {row["photograph"] for row in table.rows} if table else set()
     todo = [photograph for photograph in photographs if photograph.name not in done]
     written: deque[tuple[Future[None], dict[str, str]]] = deque()
@@ -130,9 +132,10 @@ def screen(
         finding = examine(trained, photograph.file, prepared, decision)
         qualities.append(finding.quality)
         if table is None:  # Nothing is written before a photograph could be read.
-            table = opened.enter_context(Table(out, call, resume=False))
+            table = _open_table(out, call, False, opened)
         future = pool.start(write_pictures, *_drawing(out, photograph, prepared, finding))
-        written.append((future, make_row(photograph, finding, decision)))
+        eye = photograph.eye or prepared.eye
+        written.append((future, make_row(photograph, finding, decision, eye)))
         # A row says that its pictures are there.
         while written and (len(written) > pool.ahead or written[0][0].done()):
             _append(table, written)
@@ -140,8 +143,9 @@ def screen(
         raise InputError(failed[0] if failed else "no photograph was given.")
     while written:
         _append(table, written)
-    cards = [make_card(row, decision) for row in table.rows if row["photograph"] in names]
-    warnings = warn_of_differences(qualities, decision)
+    rows = [row for row in table.rows if row["photograph"] in names]
+    cards = [make_card(row, decision) for row in rows]
+    warnings = warn_of_differences(qualities, decision) + warn_of_eyes(rows)
     where = f"{describe(settings.data)} ({options.run.resolve().name})"
     facts = {
         "network": f"trained on {where}",
@@ -204,6 +208,12 @@ def _drawing(
     mask = out / "masks" / f"{photograph.output}.png"
     drawing = out / "overlays" / f"{photograph.output}.jpg"
     return prepared, dict(finding.maps), finding.seen, finding.fovea, mask, drawing
+
+
+def _open_table(out: Path, call: Mapping[str, Any], resume: bool, opened: ExitStack) -> Table:
+    make_folder(out)
+    opened.enter_context(lock_folder(out))
+    return opened.enter_context(closing(Table(out, call, resume)))
 
 
 def _append(table: Table, written: deque[tuple[Future[None], dict[str, str]]]) -> None:

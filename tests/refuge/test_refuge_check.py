@@ -14,7 +14,7 @@ import train
 from refuge.errors import InputError
 from refuge.photographs.checks import find_warnings
 from refuge.photographs.data import find_records, load_splits
-from tiny_photographs import SIZE, TINY, entry, paint, write_split
+from tiny_photographs import SIZE, TINY, entry, paint, write_split, write_table
 
 
 def write_imported(folder: Path, rows: list[dict[str, str]]) -> None:
@@ -118,20 +118,91 @@ def test_a_check_lists_every_fault_at_once(
     assert check.main([str(repacked / "nowhere")]) == 2
 
 
-def test_a_check_of_refuges_own_layout_lists_every_fault(released: Path) -> None:
-    faults: list[str] = []
-    (next(released.rglob("V0001.bmp"))).unlink()
-    (next(released.rglob("T0002.bmp"))).unlink()
-    found = find_records(released, lambda error: faults.append(str(error)))
-    assert {split: len(records) for split, records in found.items()} == {
-        "train": 2,
-        "val": 1,
-        "test": 1,
-    }
-    assert [name in fault for name, fault in zip(("V0001", "T0002"), faults, strict=True)] == [
-        True,
-        True,
+def expect_faults(folder: Path, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Checks a data set, which must have these faults in this order and no others."""
+    assert check.main([str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    faults = [line for line in lines if line.startswith("fault: ")]
+    assert len(faults) == len(expected), "\n".join(faults)
+    for line, part in zip(faults, expected, strict=True):
+        assert part in line
+    assert lines[-1] == f"{folder}: {len(faults)} faults"
+
+
+def test_a_check_of_refuges_own_layout_lists_every_fault(
+    released: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A split whose table is missing hides nothing of the others, nor one fault another."""
+    next(released.rglob("V0001.bmp")).unlink()
+    next(released.rglob("V0001.jpg")).write_bytes(b"no picture")
+    Image.new("L", (30, 40), 255).save(next(released.rglob("V0002.bmp")))
+    next(released.rglob("Fovea_location.xlsx")).unlink()
+    rows = [(1, "T0001.jpg", 2, "x", 24), (2, "T0002.jpg", 0, 99, 25), (3, "T9.jpg", 0, 1, 1)]
+    header = ("ID", "ImgName", "Label(Glaucoma=1)", "Fovea_X", "Fovea_Y")
+    write_table(next(released.rglob("Glaucoma_label_and_Fovea_location.xlsx")), header, rows)
+    expected = [
+        "needs Annotation-Training400/Fovea_location.xlsx",
+        "V0001.bmp is missing in",
+        "V0001.jpg: not a readable picture",
+        "names T9.jpg, which is no picture in",
+        "the label of T0001.jpg must be 0 or 1, got 2",
+        "the fovea of T0001.jpg must be numbers, got ['x', 24]",
+        "V0002.bmp: a mask must be of its picture's size (40 x 40), got 30 x 40",
+        "T0002.jpg: the fovea must lie in the picture (40 x 40), got (99.0, 25.0)",
     ]
+    expect_faults(released, expected, capsys)
+
+
+def test_a_check_lists_every_fault_of_one_photograph(
+    repacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An entry of an index and a row of a table, each with all that can be wrong with it."""
+    index = json.loads((repacked / "train/index.json").read_text())
+    index["0"] |= {"Colour": 1, "Label": 2, "Fovea_X": "x", "Fovea_Y": None, "Eye": "up"}
+    index["0"] |= {"Size_X": 41}
+    del index["1"]["Label"], index["1"]["Size_X"]
+    index["1"] |= {"ImgName": "a/b.jpg", "Annotations": ["eye"]}
+    index["2"]["ImgName"] = "none.jpg"
+    index["3"] |= {"Fovea_X": 99, "Size_Y": 41}
+    (repacked / "train/index.json").write_text(json.dumps(index))
+    (repacked / "train/images/a04.jpg").write_bytes(b"no picture")
+    for name in ("a00", "a03", "a04"):
+        Image.new("L", (SIZE, SIZE), 7).save(repacked / f"train/seg/{name}.bmp")
+    (repacked / "test/index.json").write_text("[")
+    zero, one = (f'entry "{number}": ' for number in (0, 1))
+    expected = [
+        *(f"{zero}unknown column 'Colour'", f"{zero}`Label` must be 0 or 1, got 2"),
+        *(f"{zero}`Fovea_X` must be a number", f"{zero}`Fovea_Y` must be a number"),
+        *(f"{zero}`Eye` must be left or right", "a00.jpg: must be of the size its index states"),
+        *("a00.bmp: a mask must hold", f"{one}column 'Label' is missing"),
+        *(f"{one}`Annotations` must be among", f"{one}`ImgName` must be a file name"),
+        *(f"{one}column 'Size_X' is missing", "none.jpg: no such file", "none.bmp: no such file"),
+        *("test/index.json: not readable as JSON", "a03.jpg: must be of the size its index"),
+        *("a03.jpg: the fovea must lie in the picture", "a03.bmp: a mask must hold"),
+        *("a04.jpg: not a readable picture", "a04.bmp: a mask must hold"),
+    ]
+    expect_faults(repacked, expected, capsys)
+
+    rows = make_rows(10)
+    write_imported(tmp_path / "own", rows)
+    rows[1] |= {"eye": "up", "glaucoma": "2", "fovea_x": "", "cup": "none.png", "split": "all"}
+    rows[2] |= {"picture": "none.jpg"}
+    rows = [{"split": "train"} | row | {"side": "1"} for row in rows]
+    with (tmp_path / "own/photographs.csv").open("w", newline="") as opened:
+        table = csv.DictWriter(opened, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    for name in ("p1.jpg", "d1.png", "d2.png", "p3.jpg", "c3.png"):
+        (tmp_path / "own" / name).write_bytes(b"no picture")
+    expected = [
+        *("unknown column 'side'", "line 3: `cup` none.png: no such file"),
+        *("line 3: `glaucoma` must be 0 or 1", "line 3: `fovea_x` and `fovea_y` must be two"),
+        *("line 3: `eye` must be left", "line 3: `split` must be in"),
+        *("p1.jpg: not a readable", "d1.png: not a readable"),
+        *("line 4: `picture` none.jpg: no such file", "d2.png: not a readable"),
+        *("p3.jpg: not a readable", "c3.png: not a readable"),
+    ]
+    expect_faults(tmp_path / "own", expected, capsys)
 
 
 def test_what_is_probably_wrong_is_warned_of(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What clinics have: DICOM in, ONNX out."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import export
 import predict
 from refuge.best import open_run
 from refuge.errors import InputError
+from refuge.photographs.data import find_records
 from refuge.photographs.records import read_photograph
+from refuge.screening import reading as screening
 from tiny_photographs import paint
 
 
-def write_dicom(file: Path, pixels: np.ndarray, patient: str = "Doe^Jane") -> None:
+def write_dicom(file: Path, pixels: np.ndarray, **tags: str) -> None:
     """Writes pixels as an ophthalmic photograph."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = pydicom.uid.OphthalmicPhotography8BitImageStorage
@@ -31,7 +34,9 @@ def write_dicom(file: Path, pixels: np.ndarray, patient: str = "Doe^Jane") -> No
         meta.MediaStorageSOPClassUID,
         meta.MediaStorageSOPInstanceUID,
     )
-    data.PatientName, data.PatientID = patient, "4711"
+    data.PatientName, data.PatientID = "Doe^Jane", "4711"
+    for tag, value in tags.items():
+        setattr(data, tag, value)
     data.Rows, data.Columns = pixels.shape[:2]
     data.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
     data.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
@@ -57,6 +62,57 @@ def test_dicom_is_read_as_any_other_photograph(tmp_path: Path) -> None:
         (tmp_path / "cut.dcm").write_bytes(damaged)
         with pytest.raises(InputError, match=r"cut\.dcm: not a readable picture"):
             read_photograph(tmp_path / "cut.dcm")
+
+
+@pytest.mark.parametrize(
+    ("tags", "eye"),
+    [
+        ({"ImageLaterality": "L"}, "left"),
+        ({"Laterality": "R"}, "right"),
+        ({"ImageLaterality": "R", "Laterality": "L"}, "right"),
+        ({"ImageLaterality": "B"}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_eye_that_a_dicom_file_states_is_read(
+    tmp_path: Path, tags: dict[str, str], eye: str
+) -> None:
+    """By screening, and in data sets where the table does not state another."""
+    write_dicom(tmp_path / "a.dcm", np.asarray(paint(0)[0]), **tags)
+    assert screening.read_photograph(tmp_path / "a.dcm", 32, True).eye == eye
+    (tmp_path / "photographs.csv").write_text("picture,eye,split\na.dcm,,test\n")
+    assert [record.eye for record in find_records(tmp_path)["test"]] == [eye]
+    (tmp_path / "photographs.csv").write_text("picture,eye,split\na.dcm,left,test\n")
+    assert [record.eye for record in find_records(tmp_path)["test"]] == ["left"]
+    (tmp_path / "a.dcm").write_bytes(b"cut")
+    assert "not a readable" in screening.read_photograph(tmp_path / "a.dcm", 32, True).error
+
+
+def test_an_eye_that_contradicts_the_stated_one_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    finished: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Once for the call, and on the photograph's card; otherwise the card shows the stated eye."""
+    monkeypatch.setattr("refuge.screening.examining.find_eye", lambda *_: "left")
+    for name, tags in (("a", {"ImageLaterality": "R"}), ("b", {"Laterality": "L"}), ("c", {})):
+        write_dicom(tmp_path / f"{name}.dcm", np.asarray(paint(0)[0]), **tags)
+    arguments = [str(finished["independent"]), str(tmp_path), "--out", str(tmp_path / "out")]
+    assert predict.main(arguments) == 0
+    warning = "the stated eye of 1 photographs (a.dcm) contradicts disc and fovea"
+    assert warning in capsys.readouterr().out
+    with (tmp_path / "out/predictions.csv").open(newline="") as opened:
+        rows = {row["photograph"]: row for row in csv.DictReader(opened)}
+    stated = {name: (row["eye"], row["stated_eye"]) for name, row in rows.items()}
+    assert stated == {
+        "a.dcm": ("left", "right"),
+        "b.dcm": ("left", "left"),
+        "c.dcm": ("left", ""),
+    }
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert page.count("right as stated, but it looks like a left eye") == 1
+    assert "contradicts disc and fovea" in page
 
 
 def test_no_patient_data_leave_a_dicom_file(finished: dict[str, Path], tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,58 +173,6 @@ def test_a_network_says_nothing_of_what_it_never_learned(
     assert predict.main([*arguments, str(tmp_path / "sent"), "--submission"]) == 2
     assert "a submission needs all tasks, but ['cup']" in capsys.readouterr().err
     assert not (tmp_path / "sent").exists()
-
-
-Program = Callable[[list[str]], int]
-
-
-@pytest.mark.parametrize(
-    ("program", "arguments", "message"),
-    [
-        (
-            predict.main,
-            ["{home}/run", "{home}/none.jpg", "--out", "{out}"],
-            "none.jpg: not a",
-        ),
-        (predict.main, ["{home}/run", "{home}/run/best.pt", "--out", "{out}"], "best.pt: not a"),
-        (predict.main, ["{home}/data", "x.jpg", "--out", "{out}"], "data/config.json: not read"),
-        (predict.main, ["{home}/run", "a/x.jpg", "b/x.png", "--out", "{out}"], "a/x.jpg: not a"),
-        (predict.main, ["{home}/run", "x.jpg"], "required: --out"),
-        (evaluate.main, ["{home}/nowhere"], "nowhere/config.json: not readable"),
-        (evaluate.main, ["{home}/run", "--split", "best"], "invalid choice: 'best'"),
-        (evaluate.main, ["{home}/run", "--data", "{home}/data"], "`--data` needs `--out`"),
-        (
-            evaluate.main,
-            ["{home}/run", "--data", "{home}/no", "--out", "{out}"],
-            "must be a folder or the word",
-        ),
-        (reproduce.main, ["table3"], "invalid choice: 'table3'"),
-        (reproduce.main, ["table1", "--seeds", "0"], "`--seeds` must be at least 1, got 0."),
-        (reproduce.main, ["table1", "--methods", "x", "--out", "{out}"], "`--method` must be"),
-        (
-            reproduce.main,
-            ["table1", "--methods", "joint,torchjd:None", "--out", "{out}"],
-            "must name an aggregator of TorchJD, got None",
-        ),
-        (reproduce.main, ["table2", "--width", "16", "--out", "{out}"], "`--width` must be 64"),
-    ],
-)
-def test_a_mistake_is_one_line(
-    program: Program,
-    arguments: list[str],
-    message: str,
-    home: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    given = [each.format(home=home, out=tmp_path / "out") for each in arguments]
-    assert program(given) == 2
-    error = capsys.readouterr().err
-    name = program.__module__.rpartition(".")[2]
-    assert error.splitlines()[-1].startswith(f"{name}.py: error: ")
-    assert message in error
-    assert "Traceback" not in error
-    assert not (tmp_path / "out").exists()
 
 
 def test_best_weights_of_another_network_are_refused(home: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"{folder}: another process is training into this folder.") from error
+        raise InputError(f"{folder}: another process is writing into this folder.") from error
     except OSError as error:
         raise InputError(f"{folder}: cannot be locked ({error.strerror}).") from error
     try:
@@ -105,7 +105,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}).") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: must contain a JSON object.")

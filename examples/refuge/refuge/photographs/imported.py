@@ -10,8 +10,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from refuge.errors import InputError
-from refuge.photographs.records import EYES, Pair, Record, read_image, read_photograph, to_number
+from refuge.errors import InputError, attempt, raise_all
+from refuge.photographs.records import (
+    EYES,
+    Pair,
+    Record,
+    check_mask,
+    read_eye,
+    read_image,
+    read_photograph,
+    to_number,
+)
 
 TABLE = "photographs.csv"
 SPLITS = ("train", "val", "test")
@@ -53,77 +62,82 @@ def imported_records(folder: Path, report: Report) -> dict[str, list[Record]]:
         raise InputError(f"{table}: not readable as CSV ({error}).") from error
     if "picture" not in columns:
         raise InputError(f"{table}: needs a column `picture`, got {columns}.")
-    if unknown := [column for column in columns if column not in COLUMNS]:
-        raise InputError(f"{table}: unknown column {unknown[0]!r}; known are {list(COLUMNS)}.")
+    for column in columns:
+        if column not in COLUMNS:
+            text = f"unknown column {column!r}; known are {list(COLUMNS)}"
+            report(InputError(f"{table}: {text}."))
     patients: dict[str, int] = {}
     names: set[str] = set()
     splits: dict[str, list[Record]] = {split: [] for split in SPLITS}
     for line, row in enumerate(rows, 2):
         cells = {name: (row.get(name) or "").strip() for name in COLUMNS}
-        try:
-            record = _read_row(folder, f"{table}: line {line}", cells)
-            if record.name in names:
-                raise InputError(f"{table}: line {line}: {record.name} is in a line before it.")
-            split = cells["split"]
-            if "split" not in columns:
-                number = patients.setdefault(cells["patient"] or cells["picture"], len(patients))
-                split = {0: "test", 1: "val"}.get(number % 5, "train")
-            if split not in SPLITS:
-                raise InputError(f"{table}: line {line}: `split` must be in {SPLITS}, got {split}.")
-        except InputError as error:
-            report(error)
-            continue
-        names.add(record.name)
-        splits[split].append(record)
+        if "split" not in columns:
+            number = patients.setdefault(cells["patient"] or cells["picture"], len(patients))
+            cells["split"] = {0: "test", 1: "val"}.get(number % 5, "train")
+        record = attempt(report, _read_row, folder, f"{table}: line {line}", cells, names)
+        if record:
+            splits[cells["split"]].append(record)
     return {split: records for split, records in splits.items() if records}
 
 
-def _read_row(folder: Path, where: str, cells: dict[str, str]) -> Record:
+def _read_row(folder: Path, where: str, cells: dict[str, str], names: set[str]) -> Record:
+    faults = []
     if not cells["picture"]:
-        raise InputError(f"{where}: names no picture.")
-    files = {name: folder / cells[name] for name in ("picture", "disc", "cup") if cells[name]}
-    for name, file in files.items():
-        if not file.is_file():
-            raise InputError(f"{where}: `{name}` {cells[name]}: no such file.")
-    if "cup" in files and "disc" not in files:
-        raise InputError(f"{where}: a cup needs the mask of its disc.")
-    annotated, label, fovea = set(files) - {"picture"}, None, None
-    if cells["glaucoma"]:
-        label = to_number(cells["glaucoma"])
-        if label not in (0, 1):
-            raise InputError(f"{where}: `glaucoma` must be 0 or 1, got {cells['glaucoma']}.")
-        annotated.add("glaucoma")
-    if cells["fovea_x"] or cells["fovea_y"]:
-        x, y = to_number(cells["fovea_x"]), to_number(cells["fovea_y"])
-        if x is None or y is None:
-            raise InputError(f"{where}: `fovea_x` and `fovea_y` must be two numbers.")
-        fovea = (x, y)
-        annotated.add("fovea")
+        faults.append("names no picture.")
+    elif cells["picture"] in names:
+        faults.append(f"{cells['picture']} is in a line before it.")
+    names.add(cells["picture"])
+    given = {name: folder / cells[name] for name in ("picture", "disc", "cup") if cells[name]}
+    files = {name: file for name, file in given.items() if file.is_file()}
+    faults += [f"`{name}` {cells[name]}: no such file." for name in given if name not in files]
+    if "cup" in given and "disc" not in given:
+        faults.append("a cup needs the mask of its disc.")
+    label, place = to_number(cells["glaucoma"]), (cells["fovea_x"], cells["fovea_y"])
+    if cells["glaucoma"] and label not in (0, 1):
+        faults.append(f"`glaucoma` must be 0 or 1, got {cells['glaucoma']}.")
+    x, y = map(to_number, place)
+    if any(place) and (x is None or y is None):
+        faults.append("`fovea_x` and `fovea_y` must be two numbers.")
+    fovea = None if x is None or y is None else (x, y)
     if cells["eye"] not in EYES:
-        raise InputError(f"{where}: `eye` must be left or right, got {cells['eye']}.")
+        faults.append(f"`eye` must be left or right, got {cells['eye']}.")
+    if cells["split"] not in SPLITS:
+        faults.append(f"`split` must be in {SPLITS}, got {cells['split']}.")
+    if faults:
+        # All of a row's faults are said at once.
+        errors = [InputError(f"{where}: {fault}") for fault in faults]
+        if "picture" in files:
+            attempt(errors.append, _read, files, fovea)
+        else:
+            for file in files.values():
+                attempt(errors.append, read_image, file)
+        raise_all(errors)
+    known = {"glaucoma": label is not None, "fovea": fovea is not None}
     return Record(
         cells["picture"],
-        frozenset(annotated),
+        frozenset({*files, *(task for task in known if known[task])} - {"picture"}),
         None if label is None else int(label),
         fovea,
         partial(_read, files, fovea),
         tuple(files.values()),
-        eye=cells["eye"],
+        eye=cells["eye"] or read_eye(files["picture"]),
     )
 
 
 def _read(files: dict[str, Path], fovea: tuple[float, float] | None) -> Pair:
-    picture = read_photograph(files["picture"], fovea)
-    if "disc" not in files:
+    errors: list[InputError] = []
+    picture = attempt(errors.append, read_photograph, files["picture"], fovea)
+    masks = [name for name in ("disc", "cup") if name in files]
+    greys = {name: attempt(errors.append, read_image, files[name]) for name in masks}
+    for name, grey in greys.items():
+        if grey and picture:
+            attempt(errors.append, check_mask, files[name], grey.size, picture.size)
+    raise_all(errors)
+    assert picture
+    inside = {name: np.asarray(g.convert("L")) >= 128 for name, g in greys.items() if g}
+    if "disc" not in inside:
         return picture, None
-    mask = np.full(picture.size[::-1], 255, np.uint8)
-    for name, value in (("disc", 128), ("cup", 0)):
-        if name in files:
-            inside = np.asarray(read_image(files[name]).convert("L")) >= 128
-            if inside.shape != mask.shape:
-                raise InputError(
-                    f"{files[name]}: a mask must be of its picture's size ({picture.width} x "
-                    f"{picture.height}), got {inside.shape[1]} x {inside.shape[0]}."
-                )
-            mask[inside & ((mask < 255) | (name == "disc"))] = value
+    mask = np.where(inside["disc"], np.uint8(128), np.uint8(255))
+    if "cup" in inside:
+        mask[inside["cup"] & inside["disc"]] = 0
     return picture, Image.fromarray(mask)

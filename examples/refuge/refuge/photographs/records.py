@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from refuge.errors import InputError
+from refuge.errors import InputError, attempt, raise_all
 
 Pair = tuple[Image.Image, Image.Image | None]
 MASK_VALUES = (0, 128, 255)  # cup, rim, background
 EYES = ("", "left", "right")
 DICOM = (".dcm", ".dicom")
+LATERALITY = ("ImageLaterality", "Laterality")  # of the photograph; of the series
+SIDES = {"L": "left", "R": "right"}
 
 # More pixels than any fundus camera has: an error that names the file, not a bare warning.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -111,17 +113,23 @@ def _read(
     fovea: tuple[float, float] | None,
     size: tuple[float, float] | None,
 ) -> Pair:
-    picture = read_photograph(picture_file, fovea, size)
-    width, height = picture.size
-    if mask_file is None:
-        return picture, None
-    mask = _read_mask(mask_file)
-    if mask.size != picture.size:
-        raise InputError(
-            f"{mask_file}: a mask must be of its picture's size ({width} x {height}), "
-            f"got {mask.width} x {mask.height}."
-        )
+    errors: list[InputError] = []
+    picture = attempt(errors.append, read_photograph, picture_file, fovea, size)
+    mask = attempt(errors.append, read_mask, mask_file) if mask_file else None
+    if picture and mask and mask_file:
+        attempt(errors.append, check_mask, mask_file, mask.size, picture.size)
+    raise_all(errors)
+    assert picture
     return picture, mask
+
+
+def check_mask(file: Path, size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """Raises an InputError if a mask is not of its picture's size."""
+    if size != wanted:
+        raise InputError(
+            f"{file}: a mask must be of its picture's size ({wanted[0]} x {wanted[1]}), "
+            f"got {size[0]} x {size[1]}."
+        )
 
 
 def read_photograph(
@@ -139,15 +147,14 @@ def read_photograph(
     """
     picture = _read_picture(file)
     width, height = picture.size
+    errors = []
     if size and size != picture.size:
-        raise InputError(
-            f"{file}: must be of the size its index states ({size[0]:g} x {size[1]:g}), "
-            f"got {width} x {height}."
-        )
+        text = f"must be of the size its index states ({size[0]:g} x {size[1]:g})"
+        errors.append(InputError(f"{file}: {text}, got {width} x {height}."))
     if fovea and not (-0.5 <= fovea[0] <= width - 0.5 and -0.5 <= fovea[1] <= height - 0.5):
-        raise InputError(
-            f"{file}: the fovea must lie in the picture ({width} x {height}), got {fovea}."
-        )
+        text = f"the fovea must lie in the picture ({width} x {height})"
+        errors.append(InputError(f"{file}: {text}, got {fovea}."))
+    raise_all(errors)
     return picture
 
 
@@ -162,7 +169,12 @@ def _read_picture(file: Path) -> Image.Image:
     return image
 
 
-def _read_mask(file: Path) -> Image.Image:
+def read_mask(file: Path) -> Image.Image:
+    """Decodes a mask.
+
+    Raises:
+        InputError: It cannot be decoded, or holds other values than `MASK_VALUES`.
+    """
     values = np.asarray(read_image(file))
     if values.ndim == 3:
         if (values[..., 1:3] != values[..., :1]).any():
@@ -198,6 +210,23 @@ def read_image(file: Path) -> Image.Image:
     # Decoders raise nearly any exception for a damaged file.
     except Exception as error:
         raise InputError(f"{file}: not a readable picture ({error}).") from error
+
+
+def read_eye(file: Path) -> str:
+    """Returns "left" or "right" if a DICOM file states one of the two, otherwise ""."""
+    if file.suffix.lower() not in DICOM:
+        return ""
+    try:
+        from pydicom import dcmread  # noqa: PLC0415  # optional
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = dcmread(file, specific_tags=list(LATERALITY), stop_before_pixels=True)
+            stated = [str(header.get(tag)) for tag in LATERALITY]
+    # Reading the pixels, or trying to, says what is wrong with the file.
+    except Exception:
+        return ""
+    return next((SIDES[side] for side in stated if side in SIDES), "")
 
 
 def _read_dicom(file: Path) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any
 
 import openpyxl
 
-from refuge.errors import InputError
+from refuge.errors import InputError, attempt, raise_all
 from refuge.network import TASKS
 from refuge.photographs.records import Record, by_stem, file_record, only, to_number
 
@@ -72,7 +72,8 @@ def released_records(folder: Path, report: Report) -> dict[str, list[Record]]:
     found = sorted(folder.rglob("*"))
     files = [file for file in found if file.is_file() and not _is_shadow(folder, file)]
     splits = {
-        split: _read_split(folder, files, layout, report) for split, layout in LAYOUTS.items()
+        split: attempt(report, _read_split, folder, files, layout, report)
+        for split, layout in LAYOUTS.items()
     }
     return {split: records for split, records in splits.items() if records}
 
@@ -99,51 +100,61 @@ def _read_split(folder: Path, files: list[Path], layout: Layout, report: Report)
     if not tables:
         raise InputError(f"{folder}: needs {layout.annotations}/{layout.table}.")
     table = only(tables)
-    rows = _read_table(table, layout)
-    if strangers := rows.keys() - pictures.keys():
-        name = rows[min(strangers)][0]
-        raise InputError(f"{table}: names {name}, which is no picture in {folder}.")
-
-    records = []
-    for stem, copies in pictures.items():
-        try:
-            records.append(_read_picture(stem, copies, masks, rows, table, layout))
-        except InputError as error:
-            report(error)
-    return records
+    rows = _read_table(table, layout, report)
+    for stem in sorted(rows.keys() - pictures.keys()):
+        report(InputError(f"{table}: names {rows[stem][0]}, which is no picture in {folder}."))
+    records = [
+        attempt(report, _read_picture, stem, copies, masks.get(stem, []), rows, table, layout)
+        for stem, copies in pictures.items()
+    ]
+    return [record for record in records if record]
 
 
 def _read_picture(
     stem: str,
     copies: list[Path],
-    masks: dict[str, list[Path]],
+    masks: list[Path],
     rows: dict[str, tuple[Any, ...]],
     table: Path,
     layout: Layout,
 ) -> Record:
-    picture = only(copies)
-    if stem not in masks:
-        raise InputError(f"{picture}: {picture.stem}.bmp is missing in {layout.annotations}.")
+    errors: list[InputError] = []
+    picture = attempt(errors.append, only, copies) or copies[0]
+    mask = attempt(errors.append, only, masks) if masks else None
+    if not masks:
+        text = f"{picture.stem}.bmp is missing in {layout.annotations}"
+        errors.append(InputError(f"{picture}: {text}."))
     if stem not in rows:
-        raise InputError(f"{table}: has no row for {picture.name}.")
-    _, *fovea, given = rows[stem]
+        errors.append(InputError(f"{table}: has no row for {picture.name}."))
+    _, *place, given = rows.get(stem, (None, 0, 0, 0))
     where = table if layout.label else picture
     if layout.label is None:
         given = FOLDER_LABELS.get(picture.parent.name)
     label = to_number(given)
     if label not in (0, 1):
-        raise InputError(f"{where}: the label of {picture.name} must be 0 or 1, got {given!r}.")
-    for file in (*copies, *masks[stem]):
-        if FOLDER_LABELS.get(file.parent.name, label) != label:
-            raise InputError(f"{file}: its folder contradicts {where}: which label is right?")
-    x, y = map(to_number, fovea)
+        text = f"the label of {picture.name} must be 0 or 1, got {given!r}"
+        errors.append(InputError(f"{where}: {text}."))
+    elif stem in rows:
+        for file in (*copies, *masks):
+            if FOLDER_LABELS.get(file.parent.name, label) != label:
+                text = f"its folder contradicts {where}: which label is right?"
+                errors.append(InputError(f"{file}: {text}"))
+    x, y = map(to_number, place)
     if x is None or y is None:
-        raise InputError(f"{table}: the fovea of {picture.name} must be numbers, got {fovea}.")
-    mask = only(masks[stem])
-    return file_record(picture, mask, frozenset(TASKS), int(label), (x, y))
+        text = f"the fovea of {picture.name} must be numbers, got {place}"
+        errors.append(InputError(f"{table}: {text}."))
+    fovea = None if x is None or y is None or stem not in rows else (x, y)
+    record = file_record(
+        picture, mask, frozenset(TASKS), None if label is None else int(label), fovea
+    )
+    if errors:
+        # All of a photograph's faults are said at once.
+        attempt(errors.append, record.read)
+    raise_all(errors)
+    return record
 
 
-def _read_table(table: Path, layout: Layout) -> dict[str, tuple[Any, ...]]:
+def _read_table(table: Path, layout: Layout, report: Report) -> dict[str, tuple[Any, ...]]:
     """Reads ImgName, Fovea_X, Fovea_Y and the label (None without a column) by picture."""
     try:
         with warnings.catch_warnings():
@@ -160,11 +171,13 @@ def _read_table(table: Path, layout: Layout) -> dict[str, tuple[Any, ...]]:
     header = filled[0] if filled else []
     wanted = ["ImgName", "Fovea_X", "Fovea_Y", *([layout.label] if layout.label else [])]
     found = [name for name in header if name is not None]
-    for column in wanted:
-        if found.count(column) != 1:
-            raise InputError(
-                f"{table}: must have one column {column!r}, got {found.count(column)} in {found}."
-            )
+    raise_all(
+        [
+            InputError(f"{table}: must have one column {name!r}, got {count} in {found}.")
+            for name in wanted
+            if (count := found.count(name)) != 1
+        ]
+    )
     values: dict[str, tuple[Any, ...]] = {}
     for row in filled[1:]:
         cells = dict(zip(header, row, strict=False))
@@ -172,12 +185,13 @@ def _read_table(table: Path, layout: Layout) -> dict[str, tuple[Any, ...]]:
         if name is None and others == [None] * len(others):
             continue
         if name is None:
-            raise InputError(f"{table}: a row lacks its ImgName: {others}.")
+            report(InputError(f"{table}: a row lacks its ImgName: {others}."))
+            continue
         stem = Path(str(name)).stem.casefold()
         label = others[2] if layout.label else None
         value = (name, others[0], others[1], label)
         if values.setdefault(stem, value)[1:] != value[1:]:
-            raise InputError(f"{table}: has two rows for {name} that differ.")
+            report(InputError(f"{table}: has two rows for {name} that differ."))
     return values
 
 

@@ -8,9 +8,18 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from refuge.errors import InputError
+from refuge.errors import InputError, attempt, raise_all
 from refuge.network import TASKS
-from refuge.photographs.records import EYES, Record, by_stem, file_record, only, to_number
+from refuge.photographs.records import (
+    EYES,
+    Record,
+    by_stem,
+    file_record,
+    only,
+    read_eye,
+    read_mask,
+    to_number,
+)
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("images", "Images")
@@ -37,9 +46,8 @@ def repacked_records(folder: Path, report: Report) -> dict[str, list[Record]]:
     Raises:
         InputError: An index cannot be read, or names a file or a column that does not exist.
     """
-    return {
-        split: _read_split(folder / split, report) for split in SPLITS if (folder / split).is_dir()
-    }
+    found = [split for split in SPLITS if (folder / split).is_dir()]
+    return {split: attempt(report, _read_split, folder / split, report) or [] for split in found}
 
 
 def _read_split(folder: Path, report: Report) -> list[Record]:
@@ -53,20 +61,12 @@ def _read_split(folder: Path, report: Report) -> list[Record]:
     if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
         raise InputError(f"{index}: must map numbers to entries like {{'ImgName': ...}}.")
     listing: Listing = cache(partial(_list_files, folder))
-    records: dict[str, Record] = {}
-    for key, entry in entries.items():
-        where = f'{index}: entry "{key}"'
-        try:
-            record = _read_entry(where, entry, listing)
-            # Masks are found by this name, so two pictures cannot share it.
-            stem = Path(record.name).stem.casefold()
-            if stem in records:
-                raise InputError(f"{where}: {record.name} is in an entry before it.")
-        except InputError as error:
-            report(error)
-            continue
-        records[stem] = record
-    return list(records.values())
+    stems: set[str] = set()
+    records = [
+        attempt(report, _read_entry, f'{index}: entry "{key}"', entry, listing, stems)
+        for key, entry in entries.items()
+    ]
+    return [record for record in records if record]
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,43 +78,106 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _read_entry(where: str, entry: dict[str, Any], listing: Listing) -> Record:
+def _read_entry(where: str, entry: dict[str, Any], listing: Listing, stems: set[str]) -> Record:
+    errors: list[InputError] = []
+    report = errors.append
+    attempt(report, _check_columns, where, entry)
+    annotated = attempt(report, _read_annotated, where, entry) or []
+    label = attempt(report, _read_label, where, entry) if "glaucoma" in annotated else None
+    fovea = attempt(report, _read_fovea, where, entry) if "fovea" in annotated else None
+    name = attempt(report, _read_name, where, entry, stems)
+    picture = mask = None
+    if name:
+        picture = attempt(report, _find_picture, where, name, listing)
+        if {"disc", "cup"} & set(annotated):
+            mask = attempt(report, _find_mask, where, name, listing)
+    eye = attempt(report, _read_eye, where, entry)
+    size = attempt(report, _read_size, where, entry)
+    if picture is None:
+        if mask:
+            attempt(report, read_mask, mask)
+        raise_all(errors)
+    assert picture
+    eye = eye or read_eye(picture)
+    record = file_record(picture, mask, frozenset(annotated), label, fovea, size, eye)
+    if errors:
+        # All of an entry's faults are said at once.
+        attempt(report, record.read)
+    raise_all(errors)
+    return record
+
+
+def _check_columns(where: str, entry: dict[str, Any]) -> None:
     # A misspelt `Annotations` would silently declare everything annotated.
-    if unknown := sorted(entry.keys() - {*REQUIRED, *OPTIONAL}):
-        raise InputError(f"{where}: unknown column {unknown[0]!r}.")
-    if missing := [column for column in REQUIRED if column not in entry]:
-        raise InputError(f"{where}: column {missing[0]!r} is missing.")
+    unknown = sorted(entry.keys() - {*REQUIRED, *OPTIONAL})
+    faults = [f"unknown column {column!r}." for column in unknown]
+    faults += [f"column {column!r} is missing." for column in REQUIRED if column not in entry]
+    raise_all([InputError(f"{where}: {fault}") for fault in faults])
+
+
+def _read_annotated(where: str, entry: dict[str, Any]) -> list[str]:
     annotated = entry.get("Annotations", list(TASKS))
     if not isinstance(annotated, list) or not all(task in TASKS for task in annotated):
         raise InputError(f"{where}: `Annotations` must be among {TASKS}, got {annotated}.")
+    return annotated
 
-    label = fovea = mask = None
-    if "glaucoma" in annotated:
-        label = to_number(entry["Label"])
-        if label not in (0, 1):
-            raise InputError(f"{where}: `Label` must be 0 or 1, got {entry['Label']!r}.")
-    if "fovea" in annotated:
-        fovea = (_number(where, entry, "Fovea_X"), _number(where, entry, "Fovea_Y"))
+
+def _read_label(where: str, entry: dict[str, Any]) -> int | None:
+    if "Label" not in entry:
+        return None
+    label = to_number(entry["Label"])
+    if label not in (0, 1):
+        raise InputError(f"{where}: `Label` must be 0 or 1, got {entry['Label']!r}.")
+    return int(label)
+
+
+def _read_fovea(where: str, entry: dict[str, Any]) -> tuple[float, float] | None:
+    if not {"Fovea_X", "Fovea_Y"} <= entry.keys():
+        return None
+    errors: list[InputError] = []
+    x, y = (attempt(errors.append, _number, where, entry, f"Fovea_{axis}") for axis in "XY")
+    raise_all(errors)
+    assert x is not None
+    assert y is not None
+    return x, y
+
+
+def _read_name(where: str, entry: dict[str, Any], stems: set[str]) -> str | None:
+    if "ImgName" not in entry:
+        return None
     name = entry["ImgName"]
     if not isinstance(name, str) or not name or {"/", "\\"} & set(name):
         raise InputError(f"{where}: `ImgName` must be a file name, got {name!r}.")
+    # Masks are found by this name, so two pictures cannot share it.
     stem = Path(name).stem.casefold()
-    pictures = listing(PICTURES).get(stem, [])
+    if stem in stems:
+        raise InputError(f"{where}: {name} is in an entry before it.")
+    stems.add(stem)
+    return name
+
+
+def _read_eye(where: str, entry: dict[str, Any]) -> str:
+    eye = entry.get("Eye", "")
+    if eye not in EYES:
+        raise InputError(f"{where}: `Eye` must be left or right, got {eye!r}.")
+    return str(eye)
+
+
+def _find_picture(where: str, name: str, listing: Listing) -> Path:
+    pictures = listing(PICTURES).get(Path(name).stem.casefold(), [])
     pictures = [f for f in pictures if f.name.casefold() == name.casefold()]
     pictures = [f for f in pictures if f.name == name] or pictures
     if not pictures:
         raise InputError(f"{where}: {name}: no such file.")
-    if {"disc", "cup"} & set(annotated):
-        masks = [f for f in listing(MASKS).get(stem, []) if f.suffix.lower() in MASK_ENDINGS]
-        if not masks:
-            raise InputError(f"{where}: {Path(name).stem}.bmp: no such file.")
-        mask = only(masks)
-    eye = entry.get("Eye", "")
-    if eye not in EYES:
-        raise InputError(f"{where}: `Eye` must be left or right, got {eye!r}.")
-    label = None if label is None else int(label)
-    size = _read_size(where, entry)
-    return file_record(only(pictures), mask, frozenset(annotated), label, fovea, size, eye)
+    return only(pictures)
+
+
+def _find_mask(where: str, name: str, listing: Listing) -> Path:
+    masks = listing(MASKS).get(Path(name).stem.casefold(), [])
+    masks = [f for f in masks if f.suffix.lower() in MASK_ENDINGS]
+    if not masks:
+        raise InputError(f"{where}: {Path(name).stem}.bmp: no such file.")
+    return only(masks)
 
 
 def _read_size(where: str, entry: dict[str, Any]) -> tuple[float, float] | None:

@@ -12,7 +12,7 @@ from PIL import Image
 from refuge.errors import InputError
 from refuge.photographs.data import shrink
 from refuge.photographs.frames import Frame, choose_frame
-from refuge.photographs.records import file_record
+from refuge.photographs.records import file_record, read_eye
 
 COPY = 1000  # longest side of the copy for drawing
 
@@ -27,6 +27,7 @@ class Prepared:
         size: Width and height of the photograph.
         field: `FIELD_FEATURES` of its field of view.
         copy: (height, width, 3), at most `COPY` pixels a side.
+        eye: "left" or "right" if the file states it, otherwise "".
         error: Why the photograph cannot be read; "" if it can, and otherwise all else is empty.
     """
 
@@ -35,6 +36,7 @@ class Prepared:
     size: tuple[int, int]
     field: NDArray[np.float64]
     copy: NDArray[np.uint8]
+    eye: str = ""
     error: str = ""
 
 
@@ -51,9 +53,9 @@ def read_photograph(file: Path, size: int, crop: bool) -> Prepared:
         picture, _ = file_record(file, None, frozenset(), None, None).read()
     except InputError as error:
         empty = np.zeros((0, 0, 3), np.uint8)
-        return Prepared(empty, Frame(0, 0, 0, 0), (0, 0), nothing, empty, str(error))
+        return Prepared(empty, Frame(0, 0, 0, 0), (0, 0), nothing, empty, error=str(error))
     frame, field = choose_frame(picture, crop)
     pixels = shrink(frame.cut(picture), size)
     full = picture.size
     picture.thumbnail((COPY, COPY), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    return Prepared(pixels.copy(), frame, full, field, np.asarray(picture))
+    return Prepared(pixels.copy(), frame, full, field, np.asarray(picture), read_eye(file))

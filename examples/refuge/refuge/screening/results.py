@@ -18,8 +18,15 @@ from refuge.screening.table import Row
 NUMBERS = {"vcdr": "vCDR", "probability_fc": "network's head", "probability_vcdr": "from vCDR"}
 
 
-def make_row(photograph: Photograph, finding: Finding, decision: Decision) -> Row:
-    """Returns a photograph's row of the table."""
+def make_row(photograph: Photograph, finding: Finding, decision: Decision, eye: str) -> Row:
+    """Returns a photograph's row of the table.
+
+    Args:
+        photograph: The photograph.
+        finding: What the network found.
+        decision: How the call decides.
+        eye: Which eye a list or the DICOM file states; "" if none does.
+    """
     risk, found = finding.risk, finding.probabilities
     if decision.point and decision.point.calibration and not math.isnan(risk):
         # Beyond these the calibration has no photographs to go by.
@@ -40,7 +47,7 @@ def make_row(photograph: Photograph, finding: Finding, decision: Decision) -> Ro
         "verdict": finding.verdict,
         "reason": finding.reason,
         "eye": finding.eye,
-        "stated_eye": photograph.eye,
+        "stated_eye": eye,
         "output": photograph.output,
     }
 
@@ -50,11 +57,9 @@ def make_card(row: Row, decision: Decision) -> Card:
     risk = float(row["risk"] or "nan")
     average = float(row["probability"] or "nan")
     calibration = decision.point.calibration if decision.point else None
-    shown = {"eye": row["eye"] or "-"}
-    if row["stated_eye"]:
-        shown["eye"] += f" (stated: {row['stated_eye']})"
-        if row["eye"] and row["eye"] != row["stated_eye"]:
-            shown["eye"] += ": do they contradict each other, or is the photograph mirrored?"
+    shown = {"eye": row["stated_eye"] or row["eye"] or "-"}
+    if _contradicts(row):
+        shown["eye"] += f" as stated, but it looks like a {row['eye']} eye: is it mirrored?"
     if calibration:
         low, high = calibration.limits
         # The table's risks stop at the limits.
@@ -115,6 +120,21 @@ def warn_of_differences(qualities: Sequence[Quality], decision: Decision) -> lis
         if line := describe_differences(whole, decision.limits):
             warnings.append(f"{line}.")
     return warnings
+
+
+def warn_of_eyes(rows: Sequence[Row]) -> list[str]:
+    """Returns a warning if stated eyes contradict what disc and fovea look like."""
+    wrong = [row["photograph"] for row in rows if _contradicts(row)]
+    if not wrong:
+        return []
+    return [
+        f"the stated eye of {len(wrong)} photographs ({wrong[0]}) contradicts disc and fovea: "
+        "are they mirrored?"
+    ]
+
+
+def _contradicts(row: Row) -> bool:
+    return "" not in (row["eye"], row["stated_eye"]) and row["eye"] != row["stated_eye"]
 
 
 def format_number(value: float | None) -> str:

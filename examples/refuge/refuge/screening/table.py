@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from refuge.errors import InputError
@@ -62,15 +61,8 @@ class Table:
             raise InputError(f"{self.file}: cannot be written ({error.strerror}).") from error
         self.rows.append(row)
 
-    def __enter__(self) -> Table:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Closes the file."""
         if self._opened:
             self._opened.close()
 

@@ -9,7 +9,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,15 +35,8 @@ class Workers:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self.pool.submit(int).result()
 
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the processes, once their present calls have ended."""
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
