@@ -22,7 +22,7 @@ extensions = [
     "sphinx-mathjax-offline",  # equations without a network
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "figures", "study/lr-sweep.md", "study/refuge.md", "study/table1.md"]
+exclude_patterns = ["_build", "figures"]
 
 html_theme = "furo"
 html_title = f"mtlopt {release}"
