@@ -1,6 +1,7 @@
 """A data set per task, in each framework, on two ranks, after a restart: as a plain loop does."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset, default_collate
 
+import data_set_per_task as programs
 import mtlopt
 from frameworks import forget_processes
 from problems import assert_equal, snapshot
@@ -27,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata on a newer torch
     pytest.mark.filterwarnings("ignore:find_unused_parameters"),  # DDP's hint, not ours
 ]
+ROOT = Path(__file__).parents[1]
 TASKS = ("kind", "size")
 ROWS = {"kind": 20, "size": 7}
 Batches = Mapping[str, Any]
@@ -171,6 +174,39 @@ def test_accelerate_prepares_a_loader_per_task() -> None:
             optimizer.step(lambda tasks, b: record(model, tasks, b), batches)
     assert len(seen) == 10
     assert_equal(snapshot(network), train_plainly(seen))
+
+
+@pytest.mark.parametrize("framework", ["lightning", "trainer", "accelerate"])
+def test_the_programs_of_the_page_take_a_step_per_batch_of_the_larger_set(
+    framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    forget_processes()
+    assert programs.PROGRAMS[framework]() == 2 * 20
+
+
+def test_states_are_as_large_as_the_page_says() -> None:
+    page = (ROOT / "docs/how-to/a-data-set-per-task.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| ([\d,]+) \| ([\d,]+) \|$", page, re.MULTILINE)
+    assert [int(count) for count, *_ in rows] == [1, 2, 4, 8]
+    for count, trained, frozen in rows:
+        assert state_bytes(int(count), frozen=False) == int(trained.replace(",", ""))
+        assert state_bytes(int(count), frozen=True) == int(frozen.replace(",", ""))
+
+
+def state_bytes(count: int, *, frozen: bool) -> int:
+    tasks = [f"task {k}" for k in range(count)]
+    trunk = nn.Linear(512, 512).requires_grad_(not frozen)
+    adapters = nn.ModuleDict(
+        {t: nn.Sequential(nn.Linear(512, 4), nn.Linear(4, 512)) for t in tasks}
+    )
+    optimizer = mtlopt.IndependentOptimizer(
+        Adam, [*trunk.parameters(), *adapters.parameters()], tasks
+    )
+    x = torch.randn(8, 512)
+    optimizer.step(lambda asked: {t: (trunk(x) + adapters[t](x)).square().mean() for t in asked})
+    states = [state for own in optimizer.values() for state in own.state.values()]
+    return sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
 
 
 # Restarts in the middle of an epoch.

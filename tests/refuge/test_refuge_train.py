@@ -682,8 +682,8 @@ def test_the_default_run_learns_all_four_tasks(train_py: Run, tmp_path: Path) ->
     assert metrics["decisions"].keys() == {"specificity", "youden"}
     assert "synthetic phantoms" in finished.stdout
 
-    # The example's README shows this picture. Another number of threads moves its mean grey by 0.2 of 255,
-    # other phantoms by more than 10.
+    # The example's README shows this picture. Another number of threads moves its mean grey by 0.2
+    # of 255, other phantoms by more than 10.
     drawn, shown = (
         np.asarray(Image.open(file).convert("L"), dtype=float)
         for file in (tmp_path / "run/figures/overlays.png", ROOT / "docs/_static/demo.png")
