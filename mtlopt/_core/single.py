@@ -1,11 +1,12 @@
 """Single: one optimizer that updates the parameters for all tasks."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 from weakref import WeakMethod
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mtlopt._core.optimizer import MultiTaskOptimizer
@@ -22,12 +23,23 @@ class Single:
         self.inner = [optimizer]
         self._turns: dict[Task, _Turn] = {}
 
-    # The optimizer's own, also after it has replaced them.
-    param_groups = property(attrgetter("base.param_groups"))
-    state = property(attrgetter("base.state"))
-    defaults = property(attrgetter("base.defaults"))
-    add_param_group = property(attrgetter("base.add_param_group"))
-    zero_grad = property(attrgetter("base.zero_grad"))
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        self.base.zero_grad(set_to_none=set_to_none)
 
     def assign_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
@@ -60,7 +72,9 @@ class _Turn:
     def __init__(self, base: Optimizer) -> None:
         self._base = base
 
-    param_groups = property(attrgetter("_base.param_groups"))
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._base.param_groups
 
     def step(self, *args: Any) -> Any:
         return self._base.step(*args)
