@@ -1,7 +1,6 @@
 """Evaluation: turns the losses of one step into gradients, averaged by counts."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -259,17 +258,14 @@ class Evaluation:
             The terms to differentiate here, each loss times this process's share of the samples;
             the averages over all processes, without a graph; and the outputs of the modules `at`.
         """
-        recording: Any = nullcontext([]) if at is None else at.recording()
-        with recording as calls:
-            if self.forwards == "per-task" or len(self.batches) > 1:
-                # `losses` may clear the gradients, to which an earlier call has contributed.
-                earlier = autograd.pop_grads(self.parameters)
-                try:
-                    present = self.losses(names, batch)
-                finally:
-                    autograd.add_to_grads(self.parameters, earlier)
-            else:
-                present = self.losses(names, batch)
+        alone = self.forwards != "per-task" and len(self.batches) == 1
+        evaluate = self.losses if alone else self._evaluate_apart
+        calls: Sequence[Any] = ()
+        if at is None:
+            present = evaluate(names, batch)
+        else:
+            with at.recording() as calls:
+                present = evaluate(names, batch)
         # Absent tasks are reported too: another process may have samples of them.
         means = ranks.agree({name: [present[name]] if name in present else [] for name in names})
         if final and self.losses.check_finite == "skip":
@@ -283,6 +279,14 @@ class Evaluation:
         if at is not None:
             at.check(calls, self.ranks, bool(terms))
         return terms, means, [output for call in calls for output in call.outputs]
+
+    def _evaluate_apart(self, names: Sequence[str], batch: tuple[object, ...]) -> dict[str, Loss]:
+        # `losses` may clear the gradients, to which an earlier call has contributed.
+        earlier = autograd.pop_grads(self.parameters)
+        try:
+            return self.losses(names, batch)
+        finally:
+            autograd.add_to_grads(self.parameters, earlier)
 
     def join(self, terms: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
         """Returns the scaled sums of the terms of each part that has any."""
