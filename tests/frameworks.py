@@ -1,7 +1,5 @@
 """Runs the examples with Lightning, Accelerate and Trainer, and the same training without them."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import goods
+from scripts import load_script
 
 FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
 METHODS = ["independent", "pcgrad", "gradnorm"]
@@ -45,13 +44,7 @@ class Run:
 
 
 def load(framework: str) -> ModuleType:
-    path = FOLDER / f"with_{framework}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module  # type: ignore[no-any-return]  # a module
+    return load_script(FOLDER / f"with_{framework}.py")  # type: ignore[no-any-return]  # a module
 
 
 def recording(batches: list[dict[str, Tensor]]) -> Any:

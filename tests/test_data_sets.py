@@ -21,6 +21,7 @@ import data_set_per_task as programs
 import mtlopt
 from frameworks import forget_processes
 from problems import assert_equal, snapshot
+from scripts import load_script
 from spawned import start
 
 pytestmark = [
@@ -416,14 +417,7 @@ def test_peft_adapters_take_the_step_of_a_plain_loop() -> None:
 
 
 def test_the_example_ends_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    import importlib.util
-
-    path = Path(__file__).parents[1] / "examples" / "data_sets.py"
-    spec = importlib.util.spec_from_file_location("data_sets", path)
-    assert spec is not None
-    assert spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    program = load_script(ROOT / "examples/data_sets.py")
     table = program.main(["--steps", "150", "--seeds", "1"])
     assert list(table) == ["two single networks", "joint", "balanced", "independent"]
     for name, row in table.items():

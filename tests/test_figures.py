@@ -1,23 +1,19 @@
 """Paths in the documentation's figures end where their captions say."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from scripts import load_script
+
 SCRIPT = Path(__file__).parents[1] / "docs/figures/trajectories.py"
 
 
 @pytest.fixture(scope="module")
 def trajectories() -> Any:
-    spec = importlib.util.spec_from_file_location("trajectories", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_the_scale_of_a_loss_moves_the_end_of_the_sum_but_not_of_balanced(

@@ -1,6 +1,5 @@
 """examples/quickstart.py: a table of every method, and each alone, with plots, on two ranks."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -10,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from scripts import load_script
+
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart.py"
 LEFT_OUT = "Left out: upgrad, uw, which need TorchJD: pip install '.[torchjd]'"
@@ -18,12 +19,7 @@ METHODS = ["joint", "balanced", "alternating", "independent", "pcgrad", "gradnor
 
 @pytest.fixture(scope="module")
 def quickstart() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(QUICKSTART)  # type: ignore[no-any-return]  # a module
 
 
 def read(printed: str) -> tuple[str, dict[str, tuple[float, float]]]:

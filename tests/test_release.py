@@ -1,6 +1,5 @@
 """`make release`: what is uploaded has one version, and says what has changed."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,18 +10,14 @@ from types import ModuleType
 import pytest
 
 import mtlopt
+from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_release", ROOT / ".ci/check_release.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / ".ci/check_release.py")  # type: ignore[no-any-return]  # a module
 
 
 @pytest.fixture

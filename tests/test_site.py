@@ -1,6 +1,5 @@
 """What the documentation's build draws and executes: its figures, and its notebook, shortened."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,8 @@ from typing import Any
 
 import matplotlib as mpl
 import pytest
+
+from scripts import load_script
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTEBOOK = DOCS / "how-to" / "digits-notebook.ipynb"
@@ -39,11 +40,7 @@ def test_it_ends_in_a_table_and_a_verdict(capsys: pytest.CaptureFixture[str]) ->
 def test_a_figure_is_drawn_again_when_the_code_that_it_shows_has_changed(
     changed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = importlib.util.spec_from_file_location("conf", DOCS / "conf.py")
-    assert spec is not None
-    assert spec.loader is not None
-    conf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conf)
+    conf = load_script(DOCS / "conf.py")
     for name in ("mtlopt/methods/joint.py", "docs/figures/tour.py", "docs/figures/tour.png"):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)

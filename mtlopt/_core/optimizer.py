@@ -86,7 +86,7 @@ class MultiTaskOptimizer(Optimizer):
         """Refuses wrong arguments before Python does, with the line to write."""
         # Copies and pickles call this without arguments.
         if (args or options) and not cls._takes_class:
-            check_arguments(cls, args, options, third=cls._third)
+            check_arguments(cls, args, options)
         return super().__new__(cls)
 
     def __init__(self, updater: "Single | Panel", tasks: Iterable[Task], options: Options) -> None:

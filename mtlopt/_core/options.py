@@ -36,12 +36,10 @@ class Options(NamedTuple):
             )
 
 
-def check_arguments(
-    method: type, args: tuple[Any, ...], options: Mapping[str, Any], third: str
-) -> None:
+def check_arguments(method: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     """Refuses arguments that a method's constructor does not take, with the line to write."""
     kind = args[0].__name__ if args and isinstance(args[0], type) else ""
-    line = f"{method.__name__}({kind or 'Adam'}(params, lr=...), tasks{third})"
+    line = f"{method.__name__}({kind or 'Adam'}(params, lr=...), tasks{method._third})"
     if kind:
         raise TypeError(
             "`optimizer` must be an instance of a plain torch.optim.Optimizer, "
