@@ -49,9 +49,8 @@ matrix: floor
 floor: $(VENV)-floor/.installed
 	$(VENV)-floor/bin/python -m pytest -n auto --ignore tests/refuge --ignore tests/test_benchmarks.py \
 		--ignore-glob 'tests/test_integrations*' --ignore tests/test_study.py \
-		--ignore tests/test_data_sets.py --ignore tests/test_distributed_sparse.py \
-		--ignore tests/test_site.py --ignore tests/test_figures.py --ignore tests/test_comparison.py \
-		--ignore tests/test_quickstart.py --ignore tests/test_ports.py
+		--ignore tests/test_data_sets.py --ignore tests/test_site.py --ignore tests/test_figures.py \
+		--ignore tests/test_comparison.py --ignore tests/test_quickstart.py --ignore tests/test_ports.py
 
 $(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,11 @@
 """Starts the processes of a group as copies of one in which torch has been imported."""
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from typing import Any
 
+from torch.distributed import destroy_process_group
 from torch.multiprocessing.spawn import start_processes
 
 IMPORTED = [
@@ -14,15 +16,35 @@ IMPORTED = [
     "torchjd.aggregation",
     "mtlopt",
 ]
+DEADLINE = 300  # seconds
 
 
 def start(work: Callable[..., None], *arguments: Any, ranks: int) -> None:
     """Runs `work(rank, *arguments)` in each of the processes, and raises what one of them raised.
 
-    Importing takes a process longer than most of what the tests do in it.
+    Importing takes a process longer than most of what the tests do in it. Ranks that wait for one
+    another for ever are killed at the deadline, and the test fails.
     """
     method = "spawn"
     if "forkserver" in multiprocessing.get_all_start_methods():
         method = "forkserver"
         multiprocessing.get_context(method).set_forkserver_preload(IMPORTED)
-    start_processes(work, arguments, nprocs=ranks, start_method=method)
+    context = start_processes(work, arguments, nprocs=ranks, join=False, start_method=method)
+    assert context is not None
+    end = time.monotonic() + DEADLINE
+    while not context.join(timeout=5):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{work.__module__}.{work.__name__}: ranks hang")
+
+
+def destroy_group() -> None:
+    """Destroys the process group once its threads are idle.
+
+    Up to torch 2.7 the group's destructor keeps the interpreter's lock, and waits for a thread that
+    may be waiting for that lock in order to drop the tensors of the last collective:
+    https://github.com/pytorch/pytorch/pull/154976
+    """
+    time.sleep(0.2)
+    destroy_process_group()

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import mtlopt
 from problems import SHARDS, TASKS, Network, batches, make_losses
-from spawned import start
+from spawned import destroy_group, start
 
 pytestmark = [
     pytest.mark.slow,
@@ -119,7 +119,7 @@ def work(rank: int, folder: str, ranks: int, save: bool) -> None:
     if rank == 0:
         torch.save(results, f"{folder}/{'saved' if save else ranks}.pt")
     if ranks > 1:
-        dist.destroy_process_group()
+        destroy_group()
 
 
 def test_a_run_on_two_ranks_goes_on_with_one_and_with_four(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import mtlopt
 from frameworks import forget_processes
 from problems import assert_equal, snapshot
 from scripts import load_script
-from spawned import start
+from spawned import destroy_group, start
 
 pytestmark = [
     pytest.mark.slow,  # for the frameworks' imports
@@ -335,7 +335,7 @@ def work(rank: int, folder: str) -> None:
                 optimizer.step(lambda tasks, b: counted(model, tasks, b, wrapped), batches)
             found[method, plan] = snapshot(network)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    destroy_group()
 
 
 @pytest.fixture(scope="module")

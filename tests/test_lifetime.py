@@ -71,7 +71,7 @@ def test_a_tasks_optimizer_goes_on_without_the_wrapper() -> None:
 
 
 LAST_WORDS = """
-import os, torch, torch.distributed as dist
+import os, time, torch, torch.distributed as dist
 import mtlopt
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 model = torch.nn.Linear(2, 1)
@@ -83,6 +83,7 @@ def losses(tasks, x):
     return {task: y if task == "a" else -2 * y for task in tasks}
 optimizer.step(losses, torch.ones(3, 2))
 del optimizer
+time.sleep(0.2)  # as tests/spawned.py does, and why
 dist.destroy_process_group()
 tasks = "/proc/self/task"
 print([name for t in os.listdir(tasks) if "gloo" in (name := open(f"{tasks}/{t}/comm").read())])

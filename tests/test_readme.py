@@ -16,6 +16,7 @@ import torchjd.aggregation
 import torchjd.scalarization
 
 import mtlopt
+from spawned import destroy_group
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -27,6 +28,7 @@ PAGES = [
     *sorted(page for page in DOCS.rglob("*.md") if not set(OTHERS) & set(page.parents)),
 ]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
@@ -82,12 +84,16 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
 ) -> None:
     """And prints what stands in the block of output behind it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy_group)
     names: dict[str, Any] = {"__name__": page.stem}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     printed = ""
     for number, (language, block) in enumerate(FENCE.findall(page.read_text(encoding="utf-8"))):
         if language == "output":
-            assert printed == block
+            assert NUMBER.sub("#", printed) == NUMBER.sub("#", block)
+            # Other processors and other releases of torch round differently, and training goes on.
+            found, shown = ([float(n) for n in NUMBER.findall(text)] for text in (printed, block))
+            assert found == pytest.approx(shown, rel=1e-2, abs=0.011)
         if language != "python":
             continue
         if block.lstrip().startswith(">>>"):
