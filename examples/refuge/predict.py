@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 import mtlopt
@@ -74,6 +75,9 @@ def predict(options: argparse.Namespace, failed: list[str]) -> None:
         workers = 0 if len(photographs) < FEW else min(4, os.cpu_count() or 1)
     if workers < 0:
         raise InputError(f"`--workers` must be at least 0, got {workers}.")
+    if workers:  # They and torch's threads would take turns on the cores.
+        cores = (os.cpu_count() or 1) - workers
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     with closing(Workers(workers)) as pool, ExitStack() as opened:
         trained, settings = open_run(options.run, options.device)
         decision = make_decision(options, trained, settings)

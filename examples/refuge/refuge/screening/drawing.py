@@ -108,10 +108,15 @@ def _outline(picture: Image.Image, mask: Image.Image) -> Image.Image:
     """Draws the disc's outline solid and the cup's dashed, two pixels wide."""
     pixels = np.array(picture)
     values = np.asarray(mask.resize(picture.size, Image.Resampling.NEAREST))
-    rows, columns = np.indices(values.shape)
     for inside, dashed in ((values < 255, False), (values == 0, True)):
-        edge = inside & ~ndimage.binary_erosion(inside, iterations=2, border_value=1)
-        pixels[edge & ((rows + columns) // 6 % 2 == 0) if dashed else edge] = MARK
+        for box in ndimage.find_objects(inside.astype(np.uint8)):
+            part = tuple(slice(max(0, side.start - 2), side.stop + 2) for side in box)
+            shape = inside[part]
+            edge = shape & ~ndimage.binary_erosion(shape, iterations=2, border_value=1)
+            if dashed:
+                rows, columns = np.indices(shape.shape, sparse=True)
+                edge &= (rows + part[0].start + columns + part[1].start) // 6 % 2 == 0
+            pixels[part][edge] = MARK
     return Image.fromarray(pixels)
 
 
