@@ -9,26 +9,26 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "refuge"))
 import mtlopt
 from refuge.methods import build_network
 from refuge.network import TASKS
-from refuge.photographs.data import load_splits
+from refuge.photographs.data import PHANTOM, Photographs
+from refuge.photographs.phantoms import phantom_records
 from refuge.settings import Settings
 from train import make_losses
 
 settings = Settings(width=8, size=64)
-photographs = load_splits("phantom", settings.size, settings.seed, wanted=["train"])["train"]
+records = phantom_records(PHANTOM)
+photographs = Photographs(records["train"][: 10 * settings.batch_size], settings.size)
 network = build_network(settings).train()
 losses = make_losses(settings, network)
-draw = torch.Generator().manual_seed(0)
 values, norms = [], []
-for _ in range(10):
-    batch = photographs[torch.randperm(len(photographs), generator=draw)[: settings.batch_size]]
-    found = losses(TASKS, batch)
+for rows in torch.arange(len(photographs)).split(settings.batch_size):
+    found = losses(TASKS, photographs[rows])
     values.append(torch.stack([found[task][0].detach() for task in TASKS]))
     norms.append(mtlopt.conflicts(found, network.encoder.parameters(), TASKS).norms)
 rows = {"": TASKS, "---": ["---"] * len(TASKS)}
 for name, of_batches in (("loss", values), ("gradient norm over the encoder", norms)):
     rows[name] = [f"{value:.2g}" for value in (sum(of_batches) / 10).tolist()]
-points = load_splits("phantom", settings.size, 0, wanted=["test"])["test"].input_points()
-away = (points - (settings.size - 1) / 2).norm(dim=1).mean() * 256 / settings.size
+foveas = torch.tensor([record.fovea for record in records["test"]])
+away = (foveas - (PHANTOM - 1) / 2).norm(dim=1).mean() * 256 / PHANTOM
 Path(__file__).with_suffix(".md").write_text(
     "".join(f"| {' | '.join([name, *cells])} |\n" for name, cells in rows.items())
     + f"\nA guess of the picture's centre is {away:.0f} px of 256 away from the fovea.\n"
