@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -160,6 +161,21 @@ def test_worker_processes_change_nothing(clinic: Path, tmp_path: Path) -> None:
     for file in files:
         other = tmp_path / "two" / file.relative_to(tmp_path / "alone")
         assert file.read_bytes() == other.read_bytes(), file.name
+
+
+def test_threads_leave_the_workers_cores_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that wait for one another stand still while a worker has one's core."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    command = [str(tmp_path), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    for workers in ("0", "2", "20"):
+        assert predict.main([*command, "--workers", workers]) == 2  # there is no run
+    assert asked == [6, 1]
 
 
 def test_calls_are_a_bounded_number_ahead() -> None:
