@@ -97,7 +97,7 @@ def to_onnx(trained: Trained, settings: Settings) -> bytes:
             assert program is not None
             content: bytes = program.model_proto.SerializeToString()
     except ImportError as error:
-        raise InputError("an export needs ONNX: pip install 'mtlopt[onnx]'.") from error
+        raise InputError("an export needs ONNX: pip install onnx onnxscript.") from error
     return content
 
 

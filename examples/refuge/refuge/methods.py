@@ -157,7 +157,7 @@ def build_aggregator(name: str) -> nn.Module:
         from torchjd import aggregation  # noqa: PLC0415  # optional
     except ImportError as error:
         raise InputError(
-            f"`--method torchjd:{name}` needs TorchJD: pip install 'mtlopt[torchjd]'."
+            f"`--method torchjd:{name}` needs TorchJD: pip install '.[torchjd]'."
         ) from error
     found = getattr(aggregation, name, None)
     if not (isinstance(found, type) and issubclass(found, aggregation.Aggregator)):

@@ -234,7 +234,7 @@ def _read_dicom(file: Path) -> Image.Image:
     try:
         from pydicom.pixels.utils import pixel_array  # noqa: PLC0415  # optional
     except ImportError as error:
-        raise InputError(f"{file}: DICOM needs pydicom: pip install 'mtlopt[dicom]'.") from error
+        raise InputError(f"{file}: DICOM needs pydicom: pip install 'pydicom>=3'.") from error
     with warnings.catch_warnings():
         # pydicom warns of values that no pixel depends on.
         warnings.simplefilter("ignore")
