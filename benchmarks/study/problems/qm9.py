@@ -64,7 +64,7 @@ def load() -> dict[str, tuple[Tensor, Tensor]]:
     """Reads the subset: spectra (n, 29) and properties (n, 11)."""
     package = importlib.util.find_spec("qm9pack")
     if package is None or package.origin is None:
-        raise SystemExit("QM9 needs its data: pip install qm9pack 'setuptools<81'.")
+        raise SystemExit("QM9 needs its data: pip install qm9pack.")
     inputs, targets = [], []
     for row in islice(molecules(Path(package.origin).parent / "data"), 0, None, EVERY):
         inputs.append(spectrum(literal_eval(row["Elements"]), literal_eval(row["XYZ_Ang"])))
