@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import mtlopt
 from problems import SHARDS, TASKS, Network, batches, make_losses
-from spawned import destroy_group, start
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,
@@ -118,8 +118,6 @@ def work(rank: int, folder: str, ranks: int, save: bool) -> None:
         results[method] = (whole(model), rates)
     if rank == 0:
         torch.save(results, f"{folder}/{'saved' if save else ranks}.pt")
-    if ranks > 1:
-        destroy_group()
 
 
 def test_a_run_on_two_ranks_goes_on_with_one_and_with_four(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import mtlopt
 from frameworks import forget_processes
 from problems import assert_equal, snapshot
 from scripts import load_script
-from spawned import destroy_group, start
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,  # for the frameworks' imports
@@ -335,7 +335,6 @@ def work(rank: int, folder: str) -> None:
                 optimizer.step(lambda tasks, b: counted(model, tasks, b, wrapped), batches)
             found[method, plan] = snapshot(network)
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 @pytest.fixture(scope="module")

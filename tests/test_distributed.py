@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mtlopt
 from problems import SHARDS, TASKS, Network, batches
-from spawned import destroy_group, start
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,
@@ -138,7 +138,6 @@ def work(rank: int, folder: str, ranks: int) -> None:
         found[f"{method}, sharded"] = train(method, model, model, own)
     found["bytes"] = {m: bytes_sent(m, Network(), own) for m in ("joint", "pcgrad", "gradnorm")}
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -267,7 +266,6 @@ def lack(rank: int, folder: str) -> None:
         whole = mtlopt.Aggregated(torch.optim.SGD(sharded.parameters()), TASKS, TrimmedMean(1))
         with pytest.raises(ValueError, match="must work from the Gramian"):
             whole.step(lambda tasks: {t: o.sum() for t, o in sharded(x, tasks).items()})
-    destroy_group()
 
 
 def grow(rank: int, folder: str) -> None:
@@ -277,7 +275,6 @@ def grow(rank: int, folder: str) -> None:
         added = torch.full((2,), float(rank), requires_grad=True)
         optimizer.add_param_group({"params": [added]})
         assert not added.any(), method
-    destroy_group()
 
 
 def test_an_added_group_has_the_first_ranks_values(tmp_path: Path) -> None:

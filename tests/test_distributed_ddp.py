@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam
 import mtlopt
 import reference
 from problems import TASKS, Network, batches, make_losses, snapshot, with_counts
-from spawned import destroy_group, start
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,7 +95,6 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     found = {"weights": train_on_bucket_views(rank), "messages": count_messages(rank)}
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 @pytest.fixture(scope="module")

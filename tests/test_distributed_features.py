@@ -13,7 +13,7 @@ from torchjd import aggregation
 
 import mtlopt
 from problems import SHARDS, TASKS, Network, assert_equal, batches, make_losses, snapshot
-from spawned import destroy_group, start
+from spawned import start
 
 STEPS = 5
 SIZE = 12
@@ -162,7 +162,6 @@ def work(rank: int, folder: str) -> None:
     if SHARDS:
         refuse_shards(own)
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from problems import (
     snapshot,
     with_counts,
 )
-from spawned import destroy_group, start
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,
@@ -181,7 +181,6 @@ def work(rank: int, folder: str) -> None:
     }
     found["warnings"] = attempt(warnings_of_unequal_micro_batches, rank)
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 @pytest.fixture(scope="module")

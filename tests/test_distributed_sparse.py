@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mtlopt
 from problems import TASKS, Embedded, assert_equal, batches, halves, make_losses, snapshot
-from spawned import destroy_group, start
+from spawned import start
 
 pytestmark = pytest.mark.slow
 METHODS: dict[str, Any] = {
@@ -49,7 +49,6 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     found = {m: train(m, [rank], process_group=dist.group.WORLD) for m in METHODS}
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 def test_sparse_gradients_are_summed_over_ranks(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torchjd import aggregation, scalarization
 import mtlopt
 import reference
 from problems import TASKS, Network, batches, snapshot
-from spawned import destroy_group, start
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,
@@ -144,7 +144,6 @@ def work(rank: int, folder: str) -> None:
     found["refusals"] = refusals(own)
     found["silence"] = refuse_silence(rank)
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 EXACT = ("joint", "joint, imperative", "scalarized", "scalarized, imperative")

@@ -30,7 +30,7 @@ from frameworks import (
     train_trainer,
 )
 from goods import TASKS
-from spawned import destroy_group, start
+from spawned import start
 
 pytestmark = [
     pytest.mark.slow,  # for the frameworks' imports
@@ -189,7 +189,6 @@ def work(rank: int, folder: str) -> None:
         network = program.main(["--method", method, "--epochs", "2", "--accumulate", "2"])
         found["accelerate", method] = batches, dict(network.state_dict())
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 @pytest.fixture(scope="module")

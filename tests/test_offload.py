@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 
 import mtlopt
 from problems import SHARDS, TASKS, Network, batches, make_losses
-from spawned import destroy_group, start
+from spawned import start
 
 RANKS = 2
 STEPS = 3
@@ -88,7 +88,6 @@ def work(rank: int, folder: str) -> None:
         own = slice(0, 2) if rank == 0 else slice(2, 6)
         found[method] = train(method, model, own)
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 @pytest.mark.slow

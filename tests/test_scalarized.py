@@ -30,7 +30,7 @@ from problems import (
     step_overflowing,
     twins,
 )
-from spawned import destroy_group, start
+from spawned import start
 
 WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
 IDEAL = torch.tensor([0.01, 0.02, 0.03], dtype=torch.float64)
@@ -605,7 +605,6 @@ def work(rank: int, folder: str) -> None:
             end_epoch(optimizer.scalarizer, step)
         found[name] = weights_of(optimizer, model)
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch.optim import Adam
 import mtlopt
 from all_methods import METHODS, ONE_STEP, every_method, make
 from problems import TASKS, Network, assert_equal, batches, halves, make_losses, snapshot, twins
-from spawned import destroy_group, start
+from spawned import start
 
 PER_TASK = ("alternating", "independent", "simultaneous", "pcgrad", "gradnorm", "aggregated")
 Spoil = Callable[[Any, Any], Any]
@@ -196,7 +196,6 @@ def work(rank: int, folder: str) -> None:
             if spoil:
                 assert optimizer.diagnostics()["skipped"].tolist() == [False, True, False]
     torch.save(found, f"{folder}/{rank}.pt")
-    destroy_group()
 
 
 @pytest.mark.slow
