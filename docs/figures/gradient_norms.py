@@ -20,8 +20,8 @@ photographs = Photographs(records["train"][: 10 * settings.batch_size], settings
 network = build_network(settings).train()
 losses = make_losses(settings, network)
 values, norms = [], []
-for rows in torch.arange(len(photographs)).split(settings.batch_size):
-    found = losses(TASKS, photographs[rows])
+for batch in torch.arange(len(photographs)).split(settings.batch_size):
+    found = losses(TASKS, photographs[batch])
     values.append(torch.stack([found[task][0].detach() for task in TASKS]))
     norms.append(mtlopt.conflicts(found, network.encoder.parameters(), TASKS).norms)
 rows = {"": TASKS, "---": ["---"] * len(TASKS)}

@@ -70,14 +70,13 @@ def predict(options: argparse.Namespace, failed: list[str]) -> None:
         failed: Takes up a line for each photograph that cannot be read.
     """
     photographs = find_photographs(options.pictures)
-    workers = options.workers
+    workers, cores = options.workers, os.cpu_count() or 1
     if workers is None:
-        workers = 0 if len(photographs) < FEW else min(4, os.cpu_count() or 1)
+        workers = 0 if len(photographs) < FEW else min(4, cores)
     if workers < 0:
         raise InputError(f"`--workers` must be at least 0, got {workers}.")
     if workers:  # They and torch's threads would take turns on the cores.
-        cores = (os.cpu_count() or 1) - workers
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
     with closing(Workers(workers)) as pool, ExitStack() as opened:
         trained, settings = open_run(options.run, options.device)
         decision = make_decision(options, trained, settings)
