@@ -44,7 +44,7 @@ from benchmarks.study.report import number, sentence
 from benchmarks.study.results import RUNS, append_rows, load_rows, read_scores
 from benchmarks.study.rules import NormalisedSTCH
 from benchmarks.study.training import run, score, train
-from benchmarks.study.weightings import COUNT, EQUAL, weighting_names, weightings
+from benchmarks.study.weightings import COUNT, EQUAL, LAST, weighting_names, weights
 
 ROOT = Path(__file__).parents[1]
 FRESH = FIRST_FINAL_SEED
@@ -208,15 +208,16 @@ def test_every_constant_is_tried_at_the_best_rate_and_chosen_like_one() -> None:
     }
 
 
-def test_every_constant_gets_as_many_runs_as_the_weights_of_the_sum() -> None:
+def test_every_constant_gets_as_many_runs_as_weights_of_the_sum_that_need_no_training() -> None:
     for tasks in (("a", "b"), ("a", "b", "c"), tuple("abcd"), tuple(map(str, range(40)))):
         problem = type("Problem", (), {"tasks": tasks, "weightings": None})
-        assert len(weighting_names(problem)) == 1 + COUNT
+        assert len(set(weighting_names(problem)) - {LAST}) == 1 + COUNT
     assert {len(constants(method)) for method in METHODS} == {1, 1 + COUNT}
 
 
 def test_the_sum_of_burgers_losses_may_weigh_each_of_them_up_and_down() -> None:
-    found = weightings(load("burgers"))
+    problem = load("burgers")
+    found = {name: weights(problem, name) for name in weighting_names(problem) if name != LAST}
     for task in burgers.Problem.tasks:
         others = {found[f"{task} × 5"][other] for other in burgers.Problem.tasks if other != task}
         assert len(others) == 1
@@ -329,9 +330,9 @@ def test_the_weights_that_are_searched_are_the_same_for_every_seed(tiny: Path) -
     """Equal weights first; by losses all losses begin alike, by norms all gradients."""
     problem = load(str(tiny))
     before = torch.random.get_rng_state()
-    found = weightings(problem)
+    found = {name: weights(problem, name) for name in weighting_names(problem)}
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert list(found) == weighting_names(problem)
+    assert next(iter(found)) == EQUAL
     assert found[EQUAL] == {"a": 1, "b": 1}
     first = make(problem, 0)
     losses = first.losses(first.tasks, *next(first.batches()))
@@ -344,7 +345,29 @@ def test_the_weights_that_are_searched_are_the_same_for_every_seed(tiny: Path) -
         norms[task] = torch.cat([g.flatten() for g in gradients]).norm().item()
     by_norms = found["1 / norms"]
     assert by_norms["a"] * norms["a"] == pytest.approx(by_norms["b"] * norms["b"])
-    assert len({weights["a"] / weights["b"] for weights in found.values()}) == 1 + COUNT
+    assert len({each["a"] / each["b"] for each in found.values()}) == 1 + COUNT + 1
+
+
+def test_the_sum_may_be_weighted_by_the_losses_with_which_a_plain_sum_ended(tiny: Path) -> None:
+    """Against a plain loop: the last tenth of 40 steps, Adam at 0.01 with a cosine schedule."""
+    tiny.write_text(TINY.replace("doublings = 8, 4, 0", "doublings = 10, 4, 2"))
+    problem = load(str(tiny))
+    found = weights(problem, LAST)
+    trained = make(problem, 0)
+    adam = torch.optim.Adam(trained.model.parameters(), lr=0.01)
+    ends = {"a": 0.0, "b": 0.0}
+    batches = trained.batches()
+    for step in range(40):
+        for group in adam.param_groups:
+            group["lr"] = 0.01 * (1 + math.cos(math.pi * step / 40)) / 2
+        losses = trained.losses(trained.tasks, *next(batches))
+        adam.zero_grad()
+        sum(losses.values()).backward()
+        adam.step()
+        if step >= 36:
+            ends = {task: ends[task] + losses[task].item() / 4 for task in ends}
+    assert found["a"] * ends["a"] == pytest.approx(found["b"] * ends["b"], rel=1e-4)
+    assert found["a"] + found["b"] == pytest.approx(2)
 
 
 def test_the_passes_of_a_step_are_counted(tiny: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 import mtlopt
 from benchmarks.study.problem import Defaults
 from benchmarks.study.rules import NormalisedSTCH, SumOfLogarithms
-from benchmarks.study.weightings import EQUAL, weighting_names, weightings
+from benchmarks.study.weightings import EQUAL, weighting_names, weights
 
 REFERENCE, SUM, TUNED = "single", "sum", "tuned sum"
 DEFAULT = ""
@@ -247,5 +247,5 @@ def make_optimizer(problem: Defaults, method: str, lr: float, variant: str) -> A
     if method != SUM:
         found = constants(method)[variant]
     elif variant != EQUAL:
-        found = weightings(type(problem))[variant]
+        found = weights(type(problem), variant)
     return chosen.build(problem, problem.tasks, lr, **found)

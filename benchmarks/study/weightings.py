@@ -7,44 +7,55 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
+import mtlopt
+from benchmarks.study.plan import PLATEAU_RATES, rate
 from benchmarks.study.problem import Defaults, make, value_of
 
 EQUAL = "equal"
+LAST = "1 / last losses"
 COUNT = 8
-"""How many weightings are tried besides the equal one."""
+"""How many weightings that need no training are tried besides the equal one."""
 FACTOR = 5.0
 
 Array = npt.NDArray[np.float64]
 Weights = Mapping[str, float]
-KNOWN: dict[type[Defaults], dict[str, Weights]] = {}
-"""What has been worked out, by problem: every run of a tuned sum asks."""
+
+KNOWN: dict[tuple[type[Defaults], str], Weights] = {}
+"""What has been worked out: every run of a tuned sum asks."""
 
 
-def weightings(problem: type[Defaults]) -> dict[str, Weights]:
-    """Returns the candidates by name, the equal one first; the same for every seed.
+def weights(problem: type[Defaults], name: str) -> Weights:
+    """Returns one of the weightings by its name; the same for every seed."""
+    if (problem, name) not in KNOWN:
+        KNOWN[problem, name] = work_out(problem, name)
+    return KNOWN[problem, name]
 
-    Losses and gradients are those of the first batch at the initial weights of seed 0.
-    """
-    if problem in KNOWN:
-        return KNOWN[problem]
+
+def work_out(problem: type[Defaults], name: str) -> Weights:
+    """Returns one of the weightings, from the problem's losses if it depends on them."""
+    if name == EQUAL:
+        return dict.fromkeys(problem.tasks, 1.0)
     if problem.weightings is not None:
-        return {EQUAL: dict.fromkeys(problem.tasks, 1.0), **problem.weightings}
-    found = candidates(problem.tasks, *first_losses_and_norms(problem))
-    KNOWN[problem] = {name: as_weights(problem.tasks, each) for name, each in found.items()}
-    return KNOWN[problem]
+        return problem.weightings[name]
+    if name == LAST:
+        exponents = -np.log10(last_losses(problem))
+    else:
+        exponents = candidates(problem.tasks, *first_losses_and_norms(problem))[name]
+    return as_weights(problem.tasks, exponents)
 
 
 def weighting_names(problem: type[Defaults]) -> list[str]:
-    """Returns the candidates' names, without the problem's data."""
+    """Returns the weightings' names, the equal one first, without the problem's data."""
     if problem.weightings is not None:
         return [EQUAL, *problem.weightings]
     ones = np.ones(len(problem.tasks))
-    return list(candidates(problem.tasks, ones, ones))
+    return [*candidates(problem.tasks, ones, ones), LAST]
 
 
 def candidates(tasks: Sequence[str], losses: Array, norms: Array) -> dict[str, Array]:
-    """Returns the logarithms of the weights that are tried."""
+    """Returns the logarithms of the weights that need no training."""
     draw = np.random.default_rng(0)
     by_losses, by_norms = -np.log10(losses), -np.log10(norms)
     found = {EQUAL: np.zeros(len(tasks)), "1 / losses": by_losses, "1 / norms": by_norms}
@@ -74,7 +85,10 @@ def as_weights(tasks: Sequence[str], exponents: Array) -> Weights:
 
 
 def first_losses_and_norms(problem: type[Defaults]) -> tuple[Array, Array]:
-    """Returns the tasks' losses and gradient norms over the parameters that two tasks share."""
+    """Returns losses and gradient norms of the first batch, at the initial weights of seed 0.
+
+    The gradients are those of the parameters that two tasks or more share.
+    """
     with torch.random.fork_rng(devices=[]):
         first = make(problem, 0)
         values = first.losses(problem.tasks, *next(first.batches()))
@@ -89,6 +103,27 @@ def first_losses_and_norms(problem: type[Defaults]) -> tuple[Array, Array]:
     norms = [norm([g for g, two in zip(row, shared, strict=True) if two]) for row in rows]
     sizes = [abs(loss.item()) for loss in losses]
     return np.maximum(sizes, 1e-12), np.maximum(norms, 1e-12)
+
+
+def last_losses(problem: type[Defaults]) -> Array:
+    """Returns the training losses with which the plain sum ends, over the last tenth of its steps.
+
+    It trains for the most steps that may be the plateau, with the middle learning rate and seed 0.
+    """
+    steps = problem.steps * 2**problem.doublings
+    with torch.random.fork_rng(devices=[]):
+        trained = make(problem, 0)
+        adam = torch.optim.Adam(trained.model.parameters(), lr=rate(PLATEAU_RATES[1]))
+        optimizer = mtlopt.JointOptimizer(adam, problem.tasks)
+        scheduler = CosineAnnealingLR(optimizer, steps)
+        values: dict[str, list[float]] = {task: [] for task in problem.tasks}
+        for step, batch in zip(range(steps), trained.batches(), strict=False):
+            found = optimizer.step(trained.losses, *batch)
+            scheduler.step()
+            if step >= steps * 9 // 10:
+                for task, value in found.items():
+                    values[task].append(abs(value.item()))
+    return np.maximum([np.mean(values[task]) for task in problem.tasks], 1e-12)
 
 
 def norm(gradients: Sequence[Tensor | None]) -> float:
