@@ -518,7 +518,9 @@ def test_the_figure_has_a_row_per_method_and_a_colour_and_shape_per_family() -> 
     (axes,) = draw(found).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["MGDA", "DWA", TUNED, "PCGrad"]
-    assert [text.get_text() for text in axes.texts] == ["◂ -300"]  # too far to the left
+    assert [text.get_text() for text in axes.texts] == ["◂ −300"]  # too far to the left
+    low, high = axes.get_xlim()
+    assert high - 1 > 0.02 * (high - low)  # the foremost mark is not cut by the edge
     assert {family(method) for method in METHODS} < STYLES.keys()
     assert len(set(STYLES.values())) == len({colour for colour, _ in STYLES.values()})
     assert len({marker for _, marker in STYLES.values()}) == len(STYLES)

@@ -40,7 +40,7 @@ def draw(view: View) -> Figure:
             continue
         found = view.comparisons[method]
         if found.mean < low:
-            text = f"◂ {found.mean:.{0 if found.mean <= -10 else 1}f}"
+            text = f"◂ −{-found.mean:.{0 if found.mean <= -10 else 1}f}"
             axes.text(low, row, text, color=colour, va="center", fontsize=9)
             continue
         fill = "white" if found.word == "undecided" else colour
@@ -65,7 +65,6 @@ def limits(view: View) -> tuple[float, float]:
     """Returns an interval that holds two thirds of the methods, and all that are ahead."""
     means = np.array([each.mean for each in view.comparisons.values()] + [0.0])
     ends = [view.band[1], *(each.high for each in view.comparisons.values() if each.mean > 0)]
-    high = 1.1 * max(ends)
     wide = 2 * float(np.percentile(np.abs(means), 67))
-    low = min(view.band[0], max(1.1 * float(means.min()), -max(wide, high)))
-    return 1.15 * low, high
+    low = 1.15 * min(view.band[0], max(1.1 * float(means.min()), -max(wide, 1.1 * max(ends))))
+    return low, max(ends) + 0.02 * (max(ends) - low)  # The edge cuts no mark.

@@ -53,7 +53,7 @@ class Problem:
 
     tasks = ("left", "right")
     steps = 150
-    scales = (1.0, 1.0)
+    doublings = 2
 
     def __init__(self, seed: int) -> None:
         self.splits = load()
@@ -79,8 +79,8 @@ class Problem:
     def losses(self, tasks: Sequence[str], pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
         z = self.features(pictures)
         return {
-            task: scale * cross_entropy(self.heads[task](z), labels[:, k])
-            for k, (task, scale) in enumerate(zip(self.tasks, self.scales, strict=True))
+            task: cross_entropy(self.heads[task](z), labels[:, k])
+            for k, task in enumerate(self.tasks)
             if task in tasks
         }
 
