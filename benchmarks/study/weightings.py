@@ -35,8 +35,6 @@ def weights(problem: type[Defaults], name: str) -> Weights:
 
 def work_out(problem: type[Defaults], name: str) -> Weights:
     """Returns one of the weightings, from the problem's losses if it depends on them."""
-    if name == EQUAL:
-        return dict.fromkeys(problem.tasks, 1.0)
     if problem.weightings is not None:
         return problem.weightings[name]
     if name == LAST:
