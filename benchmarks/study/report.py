@@ -130,7 +130,8 @@ def headline(found: Sequence[Findings]) -> str:
             cells = [marked(each) if each is not None else "" for each in own]
             count = f"{words.count('better')}, {words.count('worse')} of {len(words)}"
             rows.append([method, *cells, count])
-    return write_table(["method", *(each.name for each in found), "▲, ▼"], rows)
+    names = [each.name.replace("_", " ") for each in found]  # A narrow column breaks at a space.
+    return write_table(["method", *names, "▲, ▼"], rows)
 
 
 def state(found: Sequence[Findings]) -> str:
