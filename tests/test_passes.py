@@ -69,6 +69,8 @@ def test_a_step_takes_the_passes_of_its_row(row: tuple[str, str, str]) -> None:
         options["features"] = True
     if "simultaneous" in methods:
         options["schedule"] = "simultaneous"
+    if "losses" in methods:
+        options["by"] = "losses"
     always, _, measuring = backward.partition(", and ")
     for name in re.findall(r"`([A-Z]\w+)", methods):
         first, second = count(name, **options)
