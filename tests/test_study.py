@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import math
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -18,12 +19,23 @@ import numpy as np
 import pytest
 import torch
 
+import mtlopt
 from benchmarks import toy
 from benchmarks.study.comparison import compare, differences, holm
 from benchmarks.study.costs import measure_costs
 from benchmarks.study.figures import STYLES, draw
 from benchmarks.study.findings import Findings, View, compare_all
-from benchmarks.study.methods import METHODS, SUM, TUNED, constants, family, make_optimizer, names
+from benchmarks.study.methods import (
+    BY_LOSSES,
+    METHODS,
+    SUM,
+    TUNED,
+    UNTUNED,
+    constants,
+    family,
+    make_optimizer,
+    names,
+)
 from benchmarks.study.plan import (
     FIRST_FINAL_SEED,
     GRID,
@@ -41,8 +53,9 @@ from benchmarks.study.problem import load, make
 from benchmarks.study.problems import burgers, qm9
 from benchmarks.study.problems.heads import LinearHeads
 from benchmarks.study.report import number, sentence
-from benchmarks.study.results import RUNS, append_rows, load_rows, read_scores
+from benchmarks.study.results import COSTS, RUNS, append_rows, load_rows, read_scores
 from benchmarks.study.rules import NormalisedSTCH
+from benchmarks.study.study import Study
 from benchmarks.study.training import run, score, train
 from benchmarks.study.weightings import COUNT, EQUAL, LAST, weighting_names, weights
 
@@ -152,19 +165,22 @@ def entry(*variants: str) -> Entry:
 
 
 def search_all(
-    each: Entry, first: Mapping[Candidate, float], later: Mapping[Candidate, float]
+    each: Entry,
+    first: Mapping[Candidate, float],
+    later: Mapping[Candidate, float],
+    known: Sequence[Candidate] = (),
 ) -> tuple[dict[Config, float], Choice | None]:
     """Searches to the end: `first` are the scores with the first seed, `later` with the others."""
     scores: dict[Config, float] = {}
     k_of = {rate(k): k for k in range(-14, 3)}
     for _ in range(50):
-        missing, choice, _ = search(each, scores, 10)
+        missing, choice, _ = search(each, scores, 10, known)
         if not missing:
             return scores, choice
         for config in missing:
             candidate = Candidate(k_of[config.lr], config.variant)
-            known = first if config.seed == 0 else later
-            scores[config] = known.get(candidate, -9.0)
+            table = first if config.seed == 0 else later
+            scores[config] = table.get(candidate, -9.0)
     raise AssertionError("the search does not end")
 
 
@@ -185,6 +201,35 @@ def test_the_three_best_of_one_seed_are_judged_by_three() -> None:
     assert choice == Choice("m", rate(-3), "")
     assert Config("m", rate(-2), "", 0, 10) in scores  # its neighbour, beyond the grid
     assert {config.seed for config in scores} == {0, 1, 2}
+
+
+def test_the_best_of_three_seeds_is_kept_when_its_neighbours_begin_better() -> None:
+    """What a neighbour does with the first seed doesn't discard three seeds of another."""
+    values = {-7: -1.0, -6: -0.9, -5: 0.7, -4: 0.8, -3: 0.6}
+    first = {Candidate(k, ""): value for k, value in values.items()} | {Candidate(-2, ""): 0.9}
+    later = {Candidate(-5, ""): 0.1, Candidate(-4, ""): 0.2, Candidate(-3, ""): 0.8}
+    scores, choice = search_all(entry(), first, later)
+    assert {Config("m", rate(-2), "", seed, 10) for seed in range(3)} <= set(scores)
+    assert choice == Choice("m", rate(-3), "")
+
+
+def test_the_sums_of_the_plateau_count_in_the_search() -> None:
+    """They have run with three seeds: a better one can't be passed over for its first."""
+    known = Candidate(-4, "b")
+    first = {Candidate(k, "a"): -abs(k + 5.0) for k in GRID} | {known: -2.5}
+    _, choice = search_all(entry("a", "b"), first, {known: 3.0}, [known])
+    assert choice == Choice("m", rate(-4), "b")
+
+
+def test_the_default_decay_shares_the_runs_of_the_searched_one(tmp_path: Path) -> None:
+    study = Study("adult", tmp_path)
+    columns = [{"method": name, "seconds": 1.0} for name in (SUM, BY_LOSSES)]
+    append_rows(tmp_path / "adult" / "costs.csv", COSTS, columns)
+    entries = study.entries()
+    assert set(entries) == {SUM, TUNED, BY_LOSSES, UNTUNED}
+    assert entries[UNTUNED] == Entry(BY_LOSSES, ["decay=0.9"], 1.0)
+    assert entries[BY_LOSSES].variants[0] == "decay=0.9"
+    assert inspect.signature(mtlopt.Balanced).parameters["decay"].default == 0.9
 
 
 def test_the_best_learning_rate_is_never_at_the_edge_of_the_grid() -> None:
@@ -248,8 +293,8 @@ def test_the_steps_double_until_the_sum_stops_gaining() -> None:
 
 
 def test_at_equal_compute_a_dear_method_takes_fewer_steps_and_a_cheap_one_more() -> None:
-    assert [equal_steps(300, ratio) for ratio in (0.5, 0.95, 1.0, 1.09, 2.0, 1000)] == [
-        *(600, 300, 300, 300, 150, 1),
+    assert [equal_steps(300, ratio) for ratio in (0.5, 0.96, 1.0, 1.04, 1.2, 2.0, 1000)] == [
+        *(600, 300, 300, 300, 250, 150, 1),
     ]
 
 

@@ -14,6 +14,9 @@ from benchmarks.study.rules import NormalisedSTCH, SumOfLogarithms
 from benchmarks.study.weightings import EQUAL, weighting_names, weights
 
 REFERENCE, SUM, TUNED = "single", "sum", "tuned sum"
+BY_LOSSES, UNTUNED = "Balanced, by losses", "Balanced, by losses, default decay"
+ALIASES = {TUNED: SUM, UNTUNED: BY_LOSSES}
+"""Methods whose runs and costs are stored under another's name: they differ in the search alone."""
 DEFAULT = ""
 """The variant of a method that has no constant to search."""
 
@@ -161,11 +164,12 @@ METHODS: Mapping[str, Method] = {
     "GradNorm, features": Method(gradnorm(True), WEIGHTING, ALPHAS, needs="features"),
     "Balanced": Method(balanced(), WEIGHTING, EVERY),
     "Balanced, features": Method(balanced(True), WEIGHTING, EVERY, needs="features"),
-    "Balanced, by losses": Method(
+    BY_LOSSES: Method(
         balanced(by="losses"),
         WEIGHTING,
         grid(decay=(0.9, 0, 0.3, 0.5, 0.7, 0.8, 0.95, 0.98, 0.99)),
     ),
+    UNTUNED: Method(balanced(by="losses"), WEIGHTING, grid(decay=(0.9,))),
     "alternating": Method(
         lambda p, tasks, lr: mtlopt.AlternatingOptimizer(adam(p, lr), tasks), PER_TASK
     ),
@@ -204,7 +208,7 @@ def family(method: str) -> str:
 
 def stored_as(method: str) -> str:
     """Returns the name under which a method's runs are stored: the tuned sum is a sum."""
-    return SUM if method == TUNED else method
+    return ALIASES.get(method, method)
 
 
 def variants(problem: type[Defaults], method: str) -> list[str]:

@@ -22,7 +22,7 @@ PLATEAU_VARIANTS = ("equal", "1 / norms")
 """Weights of the sum whose plateau is sought: the plain sum may be stuck in one unit."""
 PLATEAU_GAIN = 0.002
 """In score, a mean of logarithms: a fifth of a percent."""
-SAME_COST = 0.1
+SAME_COST = 0.05
 """Methods whose step costs the sum's up to this fraction train for as many steps."""
 
 
@@ -100,12 +100,21 @@ def rate(k: int) -> float:
     return float(f"{10 ** (k / 2):.2g}")
 
 
-def search(entry: Entry, scores: Scores, steps: int) -> tuple[list[Config], Choice | None, int]:
+def search(
+    entry: Entry, scores: Scores, steps: int, known: Iterable[Candidate] = ()
+) -> tuple[list[Config], Choice | None, int]:
     """Searches a method's learning rate and variant on validation.
 
     Every learning rate of the grid runs with the default variant and the first seed, then every
-    variant at the best rate; the three best then run with the other search seeds, and the best
-    mean is chosen. A choice must have been tried at a lower and a higher rate: else the grid grows.
+    variant at the best rate; the three best then run with the other search seeds. The best mean
+    of all that have run with three seeds is chosen. A choice must have been tried at a lower and
+    a higher rate: else the grid grows.
+
+    Args:
+        entry: The method.
+        scores: Of the finished runs.
+        steps: For how many it trains.
+        known: Candidates that have run with all search seeds, for the plateau.
 
     Returns:
         The runs that are missing; the choice once none is, or None if every run failed; and how
@@ -129,7 +138,8 @@ def search(entry: Entry, scores: Scores, steps: int) -> tuple[list[Config], Choi
         return [each for each in wanted if each not in scores]
 
     default = entry.variants[0]
-    tried = {Candidate(k, default) for k in GRID}
+    finalists = set(known)
+    tried = finalists | {Candidate(k, default) for k in GRID}
     while True:
         if runs := missing(sorted(tried), SEARCH_SEEDS[:1]):
             return runs, None, len(asked)
@@ -141,16 +151,22 @@ def search(entry: Entry, scores: Scores, steps: int) -> tuple[list[Config], Choi
             tried |= more
             continue
         ranked = sorted(sorted(tried), key=first_score, reverse=True)
-        finalists = [c for c in ranked[:FINALISTS] if first_score(c) > -math.inf]
+        finalists.update(c for c in ranked[:FINALISTS] if first_score(c) > -math.inf)
         if not finalists:
             return [], None, len(asked)
-        if runs := missing(finalists, SEARCH_SEEDS[1:]):
+        if runs := missing(sorted(finalists), SEARCH_SEEDS):
             return runs, None, len(asked)
-        best = max(finalists, key=mean)
+        best = max(sorted(finalists), key=mean)
         if more := best.neighbours() - tried:
             tried |= more
             continue
         return [], Choice(entry.method, rate(best.k), best.variant), len(asked)
+
+
+def plateau_candidates(entry: Entry) -> list[Candidate]:
+    """Returns the weighted sums whose plateau is sought, as far as the entry has their weights."""
+    known = [variant for variant in PLATEAU_VARIANTS if variant in entry.variants]
+    return [Candidate(k, variant) for variant in known for k in PLATEAU_RATES]
 
 
 def find_plateau(
@@ -170,9 +186,7 @@ def find_plateau(
     def of(steps: int) -> list[list[Config]]:
         return [
             [Config(tuned.method, rate(k), variant, seed, steps) for seed in SEARCH_SEEDS]
-            for variant in PLATEAU_VARIANTS
-            if variant in tuned.variants
-            for k in PLATEAU_RATES
+            for k, variant in plateau_candidates(tuned)
         ]
 
     previous: list[float] | None = None
@@ -226,12 +240,14 @@ def plan(
     fresh = range(FIRST_FINAL_SEED, FIRST_FINAL_SEED + seeds)
     searches: list[Config] = []
     for name, entry in entries.items():
-        runs, choice, count = search(entry, scores, equal_steps(steps, entry.ratio))
+        equal = equal_steps(steps, entry.ratio)
+        is_sum = entry.method == entries[tuned].method
+        known = plateau_candidates(entry) if is_sum else ()
+        runs, choice, count = search(entry, scores, equal, known)
         searches += runs
         found.searched[name] = count
         if choice is not None:
             found.choices[name] = choice
-            equal = equal_steps(steps, entry.ratio)
             found.at_equal_compute[name] = choice.runs(fresh, equal)
             found.at_plateau[name] = choice.runs(fresh, steps)
     if tuned in found.choices:

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.study.costs import measure_costs
-from benchmarks.study.methods import REFERENCE, SUM, TUNED, names, stored_as, variants
+from benchmarks.study.methods import ALIASES, REFERENCE, SUM, TUNED, names, stored_as, variants
 from benchmarks.study.plan import Config, Entry, Plan, plan
 from benchmarks.study.problem import Defaults, load
 from benchmarks.study.results import COSTS, RUNS, append_rows, load_rows, read_scores
@@ -56,9 +56,7 @@ class Study:
             columns = ("seconds", "forward", "backward")
             total = {c: str(sum(float(row[c]) for row in alone)) for c in columns}
             found[REFERENCE] = {"method": REFERENCE, "error": "", **total}
-        if SUM in found:
-            found[TUNED] = found[SUM]
-        return found
+        return found | {name: found[own] for name, own in ALIASES.items() if own in found}
 
     def entries(self) -> dict[str, Entry]:
         """Returns the methods that take part: those whose first step has been timed."""
@@ -84,7 +82,8 @@ class Study:
         """Times the steps of methods that have not been timed, next to the plain sum's."""
         path = self.folder / "costs.csv"
         known = {row["method"]: row for row in load_rows(path)}
-        missing = [m for m in dict.fromkeys([SUM, *methods]) if m not in known and m != TUNED]
+        wanted = dict.fromkeys([SUM, *map(stored_as, methods)])
+        missing = [method for method in wanted if method not in known]
         if not missing:
             return
         measured = measure_costs(self.name, list(dict.fromkeys([SUM, *missing])), repetitions)
