@@ -14,7 +14,7 @@ from benchmarks.study.rules import NormalisedSTCH, SumOfLogarithms
 from benchmarks.study.weightings import EQUAL, weighting_names, weights
 
 REFERENCE, SUM, TUNED = "single", "sum", "tuned sum"
-BY_LOSSES, UNTUNED = "Balanced, by losses", "Balanced, by losses, default decay"
+BY_LOSSES, UNTUNED = "Balanced, by losses", "Balanced, by losses, default"
 ALIASES = {TUNED: SUM, UNTUNED: BY_LOSSES}
 """Methods whose runs and costs are stored under another's name: they differ in the search alone."""
 DEFAULT = ""
