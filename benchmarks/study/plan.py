@@ -100,21 +100,13 @@ def rate(k: int) -> float:
     return float(f"{10 ** (k / 2):.2g}")
 
 
-def search(
-    entry: Entry, scores: Scores, steps: int, known: Iterable[Candidate] = ()
-) -> tuple[list[Config], Choice | None, int]:
+def search(entry: Entry, scores: Scores, steps: int) -> tuple[list[Config], Choice | None, int]:
     """Searches a method's learning rate and variant on validation.
 
     Every learning rate of the grid runs with the default variant and the first seed, then every
     variant at the best rate; the three best then run with the other search seeds. The best mean
-    of all that have run with three seeds is chosen. A choice must have been tried at a lower and
-    a higher rate: else the grid grows.
-
-    Args:
-        entry: The method.
-        scores: Of the finished runs.
-        steps: For how many it trains.
-        known: Candidates that have run with all search seeds, for the plateau.
+    of all that have run with three seeds is chosen, also for the plateau or under another name. A
+    choice must have been tried at a lower and a higher rate: else the grid grows.
 
     Returns:
         The runs that are missing; the choice once none is, or None if every run failed; and how
@@ -127,8 +119,15 @@ def search(
     def first_score(candidate: Candidate) -> float:
         return scores[config(candidate)]
 
-    def mean(candidate: Candidate) -> float:
-        return statistics.fmean(scores[config(candidate, seed)] for seed in SEARCH_SEEDS)
+    def means() -> dict[Candidate, float]:
+        places = range(LIMITS[0], LIMITS[1] + 1)
+        every = (Candidate(k, variant) for variant in entry.variants for k in places)
+        runs = {each: [config(each, seed) for seed in SEARCH_SEEDS] for each in every}
+        complete = {each: own for each, own in runs.items() if all(run in scores for run in own)}
+        asked.update(dict.fromkeys(run for own in complete.values() for run in own))
+        return {
+            each: statistics.fmean(scores[run] for run in own) for each, own in complete.items()
+        }
 
     asked: dict[Config, None] = {}
 
@@ -138,8 +137,7 @@ def search(
         return [each for each in wanted if each not in scores]
 
     default = entry.variants[0]
-    finalists = set(known)
-    tried = finalists | {Candidate(k, default) for k in GRID}
+    tried = {Candidate(k, default) for k in GRID}
     while True:
         if runs := missing(sorted(tried), SEARCH_SEEDS[:1]):
             return runs, None, len(asked)
@@ -151,22 +149,17 @@ def search(
             tried |= more
             continue
         ranked = sorted(sorted(tried), key=first_score, reverse=True)
-        finalists.update(c for c in ranked[:FINALISTS] if first_score(c) > -math.inf)
-        if not finalists:
-            return [], None, len(asked)
-        if runs := missing(sorted(finalists), SEARCH_SEEDS):
+        finalists = [c for c in ranked[:FINALISTS] if first_score(c) > -math.inf]
+        if runs := missing(finalists, SEARCH_SEEDS[1:]):
             return runs, None, len(asked)
-        best = max(sorted(finalists), key=mean)
+        found = {each: mean for each, mean in means().items() if mean > -math.inf}
+        if not found:
+            return [], None, len(asked)
+        best = max(sorted(found), key=lambda each: found[each])
         if more := best.neighbours() - tried:
             tried |= more
             continue
         return [], Choice(entry.method, rate(best.k), best.variant), len(asked)
-
-
-def plateau_candidates(entry: Entry) -> list[Candidate]:
-    """Returns the weighted sums whose plateau is sought, as far as the entry has their weights."""
-    known = [variant for variant in PLATEAU_VARIANTS if variant in entry.variants]
-    return [Candidate(k, variant) for variant in known for k in PLATEAU_RATES]
 
 
 def find_plateau(
@@ -186,7 +179,9 @@ def find_plateau(
     def of(steps: int) -> list[list[Config]]:
         return [
             [Config(tuned.method, rate(k), variant, seed, steps) for seed in SEARCH_SEEDS]
-            for k, variant in plateau_candidates(tuned)
+            for variant in PLATEAU_VARIANTS
+            if variant in tuned.variants
+            for k in PLATEAU_RATES
         ]
 
     previous: list[float] | None = None
@@ -241,9 +236,7 @@ def plan(
     searches: list[Config] = []
     for name, entry in entries.items():
         equal = equal_steps(steps, entry.ratio)
-        is_sum = entry.method == entries[tuned].method
-        known = plateau_candidates(entry) if is_sum else ()
-        runs, choice, count = search(entry, scores, equal, known)
+        runs, choice, count = search(entry, scores, equal)
         searches += runs
         found.searched[name] = count
         if choice is not None:
