@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import mtlopt
 from benchmarks.run_study import RESULTS
-from benchmarks.study.methods import adam
+from benchmarks.study.methods import BY_LOSSES, adam
 from benchmarks.study.plan import SEARCH_SEEDS, Config
 from benchmarks.study.problem import load, make
 from benchmarks.study.results import RUNS, append_rows, load_rows, read_scores
@@ -32,7 +32,6 @@ OUT = Path(__file__).parent / "results" / "balanced"
 PROBLEMS = ("adult", "qm9", "two_sets", "burgers")
 EVERY, DECAY = (1, 10, 30), (0.0, 0.5, 0.9, 0.99)
 PLACES = {"Balanced": "parameters", "Balanced, features": "features"}
-LOSSES = "Balanced, by losses"
 
 
 def chosen(problem: str, method: str) -> tuple[float, int] | None:
@@ -46,11 +45,11 @@ def chosen(problem: str, method: str) -> tuple[float, int] | None:
 
 def configs(problem: str) -> Iterator[Config]:
     """Yields the runs of a problem."""
-    for method in (*PLACES, LOSSES):
+    for method in (*PLACES, BY_LOSSES):
         found = chosen(problem, method)
         if found is None:
             continue
-        counts: Sequence[int | None] = (None,) if method == LOSSES else EVERY
+        counts: Sequence[int | None] = (None,) if method == BY_LOSSES else EVERY
         for every, decay in itertools.product(counts, DECAY):
             variant = f"decay={decay:g}" + ("" if every is None else f" every={every}")
             for seed in SEARCH_SEEDS:
@@ -65,7 +64,7 @@ def run(name: str, config: Config) -> dict[str, Any]:
     options: dict[str, Any] = {"decay": float(constants["decay"])}
     if "every" in constants:
         options["every"] = int(constants["every"])
-    if config.method == LOSSES:
+    if config.method == BY_LOSSES:
         options["by"] = "losses"
     elif PLACES[config.method] == "features":
         options["features"] = problem.features
@@ -100,7 +99,7 @@ def table() -> str:
         "| --- | --- | --- |" + " --- |" * len(PROBLEMS),
     ]
     found_in = {(c.method, c.variant) for own in scores.values() for c in own}
-    places = [*PLACES, LOSSES]
+    places = [*PLACES, BY_LOSSES]
 
     def order(key: tuple[str, str]) -> tuple[int, float, float]:
         options = dict(pair.split("=") for pair in key[1].split())
