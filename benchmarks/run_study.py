@@ -16,6 +16,8 @@ A second call continues where the first one stopped. The protocol:
 3. The judgement, on fifteen fresh seeds: the choice trains for as many steps as cost what the sum's
    plateau costs (equal compute), and for as many steps as the sum. The test split is evaluated
    once per run. The tuned sum also trains with the dearest method's compute.
+4. The replication, if asked for by `--again --methods ...`: the same choices and the tuned sum at
+   equal compute, on fifteen further seeds.
 """
 
 import argparse
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--problem", nargs="+", default=[], help="names, or files that end in .py")
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, default=FINAL_SEEDS, help="of the judgement")
+    parser.add_argument("--again", action="store_true", help="judge with as many further seeds")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repetitions", type=int, default=50, help="of a step whose cost is taken")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -46,7 +49,7 @@ def main() -> None:
     if not (options.report or options.state):
         for name in options.problem:
             study = Study(name, options.out, options.seeds)
-            study.run(options.methods, options.processes, options.repetitions)
+            study.run(options.methods, options.processes, options.repetitions, options.again)
     # The tables are of all that lies in the folder, and a problem of your own if it is named.
     begun = [path.parent.name for path in sorted(options.out.glob("*/runs.csv"))]
     names = {name: name for name in begun if (PROBLEMS / f"{name}.py").exists()}

@@ -140,9 +140,17 @@ def test_a_study_that_is_killed_goes_on_to_the_same_rows(tiny: Path, tmp_path: P
     subprocess.run(command(tiny, killed, *methods), cwd=ROOT, check=True, capture_output=True)
     assert load_rows(runs)[: len(before)] == before
     assert rows(killed) == rows(whole)
+    count = len(rows(whole))
     tables = [(out / "tiny" / "equal-compute.md").read_text() for out in (whole, killed)]
     assert tables[0] == tables[1]
     assert (killed / "tiny" / "equal-compute.png").exists()
+    again = command(tiny, whole, "--again", "--methods", SUM)
+    subprocess.run(again, cwd=ROOT, check=True, capture_output=True)
+    added = load_rows(whole / "tiny" / "runs.csv")[count:]
+    assert {(row["seed"], row["steps"]) for row in added} == {("102", "8"), ("103", "8")}
+    said = (whole / "tiny" / "sentence.md").read_text()
+    assert re.search(r" With 2 further seeds: sum, \S+ % \[\S+, \S+\], \w+\.$", said.strip())
+    assert (whole / "tiny" / "equal-compute.md").read_text() == tables[0]
     assert re.search(r"\| tiny \| 2 of \d+ \| 8 \| complete \|", (killed / "state.md").read_text())
 
 
@@ -326,6 +334,8 @@ def test_the_judgement_has_fresh_seeds_and_both_budgets() -> None:
         assert [run.seed for run in view["m"]] == list(range(FRESH, FRESH + 15))
         assert {run.steps for run in view["m"]} == {steps}
         assert {run.steps for run in view[TUNED]} == {12}
+    assert found.again["m"] == found.choices["m"].runs(range(FRESH + 15, FRESH + 30), 3)
+    assert not {run for own in found.again.values() for run in own} & set(scores)
     # The tuned sum, given the compute of the dearest method.
     assert {run.steps for run in found.at_plateau[f"{TUNED}, 4.0 × the steps"]} == {48}
 
@@ -484,7 +494,7 @@ def test_the_gain_on_qm9_with_its_three_energies_counted_once(
             row["seed"]: read_metrics(row["test"])
             for row in rows
             if (row["method"], row["variant"], row["steps"]) == (method, variant, steps)
-            and int(row["seed"]) >= FRESH
+            and FRESH <= int(row["seed"]) < FRESH + 15
         }
 
     rival = tests(SUM, "1 / last losses", "3200")
@@ -619,7 +629,8 @@ def test_the_figure_has_a_row_per_method_and_a_colour_and_shape_per_family() -> 
 def test_the_sentence_says_what_the_rows_say() -> None:
     def say(**means: float) -> str:
         longer = view_of(**{TUNED: 0.0, f"{TUNED}, 2.0 × the steps": 3.0})
-        found = SimpleNamespace(equal=view_of(**means), plateau=longer)
+        equal, again = view_of(**means), view_of(**{TUNED: 0.0, "PCGrad": 3.0})
+        found = SimpleNamespace(equal=equal, plateau=longer, again=again if SUM in means else None)
         return sentence(cast(Findings, found))
 
     ahead = say(**{TUNED: 0.0, SUM: -1.0, "PCGrad": 1.0, "DWA": -2.0, "MGDA": 0.0})
@@ -627,7 +638,7 @@ def test_the_sentence_says_what_the_rows_say() -> None:
     assert "over 7 fresh seeds" in ahead
     assert "At equal compute the best mean is that of PCGrad, +1.00 % [" in ahead
     assert "The tuned sum, 2.0 × the steps, gains +3.00 % on itself [" in ahead
-    assert ahead.endswith("], better.\n")
+    assert "], better. With 7 further seeds: PCGrad, +3.00 % [" in ahead
     behind = say(**{TUNED: 0.0, "DWA": -2.0})
     assert "0 of 1 rivals were better than the tuned sum, 1 worse and 0 undecided" in behind
     assert behind.endswith("no mean is ahead of it.\n")

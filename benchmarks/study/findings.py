@@ -55,6 +55,8 @@ class Findings:
     ratios: Mapping[str, float]
     equal: View | None
     plateau: View | None
+    again: View | None
+    """With further seeds, of those methods that have run with them."""
     seconds_left: float
     known: int
     """How many methods the problem is for."""
@@ -102,6 +104,7 @@ def find(study: Study) -> Findings:
         ratios=ratios,
         equal=view(plan.at_equal_compute),
         plateau=view(plan.at_plateau),
+        again=view(plan.again),
         seconds_left=left,
         known=len(names(problem)) - sum(bool(row["error"]) for row in costs.values()),
     )

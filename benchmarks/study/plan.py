@@ -91,6 +91,8 @@ class Plan:
     choices: dict[str, Choice] = field(default_factory=dict)
     at_equal_compute: dict[str, list[Config]] = field(default_factory=dict)
     at_plateau: dict[str, list[Config]] = field(default_factory=dict)
+    again: dict[str, list[Config]] = field(default_factory=dict)
+    """At equal compute with as many further seeds; run on request, so never missing."""
     searched: dict[str, int] = field(default_factory=dict)
     """How many runs each method's search took."""
 
@@ -233,6 +235,7 @@ def plan(
         return Plan(missing=missing)
     found = Plan(steps, gain)
     fresh = range(FIRST_FINAL_SEED, FIRST_FINAL_SEED + seeds)
+    further = range(fresh.stop, fresh.stop + seeds)
     searches: list[Config] = []
     for name, entry in entries.items():
         equal = equal_steps(steps, entry.ratio)
@@ -243,6 +246,7 @@ def plan(
             found.choices[name] = choice
             found.at_equal_compute[name] = choice.runs(fresh, equal)
             found.at_plateau[name] = choice.runs(fresh, steps)
+            found.again[name] = choice.runs(further, equal)
     if tuned in found.choices:
         dearest = max(entry.ratio for entry in entries.values())
         longer = found.choices[tuned].runs(fresh, round(steps * dearest))

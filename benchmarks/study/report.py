@@ -31,6 +31,11 @@ def marked(found: Comparison) -> str:
     return f"{number(found.mean)} {ARROWS[found.word]}".strip()
 
 
+def judged(found: Comparison) -> str:
+    """Writes a difference, its interval and the verdict."""
+    return f"{number(found.mean)} % [{number(found.low)}, {number(found.high)}], {found.word}"
+
+
 def ratio_of(findings: Findings, method: str) -> float:
     """Returns the cost of a method's step in the sum's."""
     if method == REFERENCE:
@@ -108,14 +113,19 @@ def sentence(findings: Findings) -> str:
     longer = findings.plateau.comparisons if findings.plateau is not None else {}
     for method, found in longer.items():
         if method.startswith(f"{TUNED},"):
-            text += f" The {method}, gains {number(found.mean)} % on itself "
-            text += f"[{number(found.low)}, {number(found.high)}]."
+            low, high = number(found.low), number(found.high)
+            text += f" The {method}, gains {number(found.mean)} % on itself [{low}, {high}]."
     ahead = [m for m in view.best_first if m != TUNED and view.comparisons[m].mean > 0]
     if not ahead:
-        return text + " At equal compute no mean is ahead of it.\n"
-    found = view.comparisons[ahead[0]]
-    text += f" At equal compute the best mean is that of {ahead[0]}, {number(found.mean)} % "
-    return text + f"[{number(found.low)}, {number(found.high)}], {found.word}.\n"
+        text += " At equal compute no mean is ahead of it."
+    else:
+        found = view.comparisons[ahead[0]]
+        text += f" At equal compute the best mean is that of {ahead[0]}, {judged(found)}."
+    again = findings.again.comparisons if findings.again is not None else {}
+    if again:
+        text += f" With {seeds} further seeds: "
+        text += "; ".join(f"{method}, {judged(found)}" for method, found in again.items()) + "."
+    return text + "\n"
 
 
 def headline(found: Sequence[Findings]) -> str:

@@ -93,19 +93,34 @@ class Study:
             measured = [m | {"seconds": m.get("seconds", 0.0) * ratio} for m in measured[1:]]
         append_rows(path, COSTS, measured)
 
-    def run(self, methods: Sequence[str] | None, processes: int, repetitions: int) -> None:
-        """Runs what is missing, of all methods or of some."""
+    def missing(self, methods: Sequence[str], again: bool) -> list[Config]:
+        """Returns what these methods and the tuned sum lack; `again`, with further seeds."""
+        found = self.plan()
+        if not again:
+            stored = {stored_as(name) for name in methods} | {SUM}
+            return [config for config in found.missing if config.method in stored]
+        done = read_scores(self.rows())
+        runs = [run for name in (TUNED, *methods) for run in found.again.get(name, [])]
+        return [run for run in dict.fromkeys(runs) if run not in done]
+
+    def run(
+        self,
+        methods: Sequence[str] | None,
+        processes: int,
+        repetitions: int,
+        again: bool = False,
+    ) -> None:
+        """Runs what is missing, of all methods or of some; `again`, with further seeds."""
         every = names(self.problem)
         # "single" stands for the networks of all tasks.
         wanted = [m for m in every if not methods or {m, m.partition(":")[0]} & set(methods)]
         self.measure(wanted, repetitions)
-        stored = {stored_as(name) for name in wanted} | {SUM}
         context = multiprocessing.get_context("spawn")  # A fork of a process with threads may hang.
         with ProcessPoolExecutor(processes, context) as pool, tqdm(desc=self.label) as bar:
             going: dict[Future[dict[str, Any]], Config] = {}
             while True:
                 rows = self.rows()
-                todo = [config for config in self.plan().missing if config.method in stored]
+                todo = self.missing(wanted, again)
                 bar.total, bar.n = len(rows) + len(todo), len(rows)
                 bar.refresh()
                 # A few at a time: a finished search changes what comes first.
