@@ -476,6 +476,17 @@ def test_the_rows_that_the_page_on_choosing_quotes_are_those_of_the_summary() ->
         assert f" {value} |" in rows[method], (method, value)
 
 
+def test_whatever_was_better_was_better_again_with_further_seeds() -> None:
+    found = 0
+    for file in (ROOT / "benchmarks/results/study").rglob("equal-compute.md"):
+        names_ = re.findall(r"^\| ([^|]+) \|.*▲ better", file.read_text(encoding="utf-8"), re.M)
+        said = (file.parent / "sentence.md").read_text(encoding="utf-8").partition("further seeds:")
+        for name in names_:
+            assert re.search(rf"[ ;]{re.escape(name)}, \+[^;]*, better[;.]", said[2]), (file, name)
+            found += 1
+    assert found >= 6
+
+
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
