@@ -52,7 +52,7 @@ from benchmarks.study.plan import (
 from benchmarks.study.problem import load, make
 from benchmarks.study.problems import burgers, qm9
 from benchmarks.study.problems.heads import LinearHeads
-from benchmarks.study.report import number, sentence
+from benchmarks.study.report import number, sentence, write_state
 from benchmarks.study.results import COSTS, RUNS, append_rows, load_rows, read_metrics, read_scores
 from benchmarks.study.rules import NormalisedSTCH
 from benchmarks.study.study import Study
@@ -151,7 +151,9 @@ def test_a_study_that_is_killed_goes_on_to_the_same_rows(tiny: Path, tmp_path: P
     said = (whole / "tiny" / "sentence.md").read_text()
     assert re.search(r" With 2 further seeds: sum, \S+ % \[\S+, \S+\], \w+\.$", said.strip())
     assert (whole / "tiny" / "equal-compute.md").read_text() == tables[0]
-    assert re.search(r"\| tiny \| 2 of \d+ \| 8 \| complete \|", (killed / "state.md").read_text())
+    assert re.search(
+        r"\| tiny \| 2 of \d+ \| 8 \| complete \|\n", (killed / "state.md").read_text()
+    )
 
 
 def test_a_run_that_fails_is_one_line(tiny: Path, tmp_path: Path) -> None:
@@ -246,6 +248,18 @@ def test_the_default_decay_shares_the_runs_of_the_searched_one(tmp_path: Path) -
     assert entries[UNTUNED] == Entry(BY_LOSSES, ["decay=0.9"], 1.0)
     assert entries[BY_LOSSES].variants[0] == "decay=0.9"
     assert inspect.signature(mtlopt.Balanced).parameters["decay"].default == 0.9
+
+
+def test_the_state_counts_the_runs_that_are_left(tmp_path: Path) -> None:
+    """First those of the plateau: two sets of weights, three rates and three seeds."""
+    append_rows(tmp_path / "many" / "costs.csv", COSTS, [{"method": SUM, "seconds": 1.0}])
+    study = Study("many", tmp_path)
+    assert re.search(
+        r"\| many \| 2 of \d+ \| \? \| begun, 18 runs or more left \|", write_state([study])
+    )
+    done = [{**config._asdict(), "score": 0.0} for config in study.plan().missing[:5]]
+    append_rows(tmp_path / "many" / "runs.csv", RUNS, done)
+    assert "begun, 13 runs or more left" in write_state([study])
 
 
 def test_the_best_learning_rate_is_never_at_the_edge_of_the_grid() -> None:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from benchmarks.study.comparison import Comparison, Metrics, compare, differences, interval
 from benchmarks.study.methods import REFERENCE, TUNED, names
 from benchmarks.study.plan import Choice, Config, Plan
@@ -57,7 +55,6 @@ class Findings:
     plateau: View | None
     again: View | None
     """With further seeds, of those methods that have run with them."""
-    seconds_left: float
     known: int
     """How many methods the problem is for."""
 
@@ -77,23 +74,14 @@ def find(study: Study) -> Findings:
     problem, plan, costs = study.problem, study.plan(), study.costs()
     entries = study.entries()
     tests: dict[Config, Metrics | None] = {}
-    times: list[float] = []
     for row in study.rows():
         config = read_config(row)
         tests[config] = read_metrics(row["test"]) if row["test"] else None
-        if plan.steps and config.steps == plan.steps and config.method == "sum" and row["seconds"]:
-            times.append(float(row["seconds"]))
     chosen = list(entries)
 
     def view(runs: Mapping[str, list[Config]]) -> View | None:
         return compare_all(runs, chosen, tests, problem.lower_is_better)
 
-    left = 0.0
-    if times:
-        done = set(tests)
-        for name, entry in entries.items():
-            left += unfinished(name, entry.ratio, len(entry.variants), plan, done, study.seeds)
-        left *= float(np.mean(times))
     ratios = {name: entry.ratio for name, entry in entries.items()}
     return Findings(
         name=study.label,
@@ -105,20 +93,8 @@ def find(study: Study) -> Findings:
         equal=view(plan.at_equal_compute),
         plateau=view(plan.at_plateau),
         again=view(plan.again),
-        seconds_left=left,
         known=len(names(problem)) - sum(bool(row["error"]) for row in costs.values()),
     )
-
-
-def unfinished(
-    name: str, ratio: float, count: int, plan: Plan, done: set[Config], seeds: int
-) -> float:
-    """Estimates what a method lacks, in runs of the plain sum."""
-    if name not in plan.choices:
-        return 12 + (count - 1) + seeds + seeds * ratio
-    left = sum(run not in done for run in plan.at_equal_compute[name])
-    longer = [run for run in plan.at_plateau[name] if run not in plan.at_equal_compute[name]]
-    return left + ratio * sum(run not in done for run in longer)
 
 
 def compare_all(

@@ -152,20 +152,12 @@ def state(found: Sequence[Findings]) -> str:
         steps = f"{plan.steps or '?'}"
         if plan.still_gaining:
             steps += f", still gaining {100 * plan.still_gaining:.1f} %"
-        words = (
-            "complete" if each.complete else "judged at equal compute" if each.judged else "begun"
-        )
-        hours = f"{each.seconds_left / 3600:.1f}" if each.seconds_left else ""
-        count = f"{len(each.ratios)} of {each.known}"
-        rows.append([each.name, count, steps, words, "" if each.complete else hours])
-    columns = [
-        "problem",
-        "methods begun",
-        "steps of the sum",
-        "state of those",
-        "CPU hours left, about",
-    ]
-    return write_table(columns, rows)
+        words = "complete"
+        if not each.complete:
+            words = "judged at equal compute" if each.judged else "begun"
+            words += f", {len(plan.missing)} runs or more left"
+        rows.append([each.name, f"{len(each.ratios)} of {each.known}", steps, words])
+    return write_table(["problem", "methods begun", "steps of the sum", "state of those"], rows)
 
 
 def write_state(studies: Sequence[Study]) -> str:
