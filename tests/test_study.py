@@ -664,6 +664,7 @@ def test_the_sentence_says_what_the_rows_say() -> None:
     assert "At equal compute the best mean is that of PCGrad, +1.00 % [" in ahead
     assert "The tuned sum, 2.0 × the steps, gains +3.00 % on itself [" in ahead
     assert "], better. With 7 further seeds: PCGrad, +3.00 % [" in ahead
+    assert ahead.endswith("], better.\n")
     behind = say(**{TUNED: 0.0, "DWA": -2.0})
     assert "0 of 1 rivals were better than the tuned sum, 1 worse and 0 undecided" in behind
     assert behind.endswith("no mean is ahead of it.\n")

@@ -122,14 +122,14 @@ def search(entry: Entry, scores: Scores, steps: int) -> tuple[list[Config], Choi
         return scores[config(candidate)]
 
     def means() -> dict[Candidate, float]:
-        places = range(LIMITS[0], LIMITS[1] + 1)
-        every = (Candidate(k, variant) for variant in entry.variants for k in places)
-        runs = {each: [config(each, seed) for seed in SEARCH_SEEDS] for each in every}
-        complete = {each: own for each, own in runs.items() if all(run in scores for run in own)}
-        asked.update(dict.fromkeys(run for own in complete.values() for run in own))
-        return {
-            each: statistics.fmean(scores[run] for run in own) for each, own in complete.items()
-        }
+        found: dict[Candidate, float] = {}
+        for variant in entry.variants:
+            for k in range(LIMITS[0], LIMITS[1] + 1):
+                runs = [config(Candidate(k, variant), seed) for seed in SEARCH_SEEDS]
+                if all(run in scores for run in runs):
+                    asked.update(dict.fromkeys(runs))
+                    found[Candidate(k, variant)] = statistics.fmean(scores[run] for run in runs)
+        return found
 
     asked: dict[Config, None] = {}
 
@@ -157,7 +157,7 @@ def search(entry: Entry, scores: Scores, steps: int) -> tuple[list[Config], Choi
         found = {each: mean for each, mean in means().items() if mean > -math.inf}
         if not found:
             return [], None, len(asked)
-        best = max(sorted(found), key=lambda each: found[each])
+        best = max(sorted(found), key=found.__getitem__)
         if more := best.neighbours() - tried:
             tried |= more
             continue

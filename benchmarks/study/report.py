@@ -31,9 +31,14 @@ def marked(found: Comparison) -> str:
     return f"{number(found.mean)} {ARROWS[found.word]}".strip()
 
 
-def judged(found: Comparison) -> str:
-    """Writes a difference, its interval and the verdict."""
-    return f"{number(found.mean)} % [{number(found.low)}, {number(found.high)}], {found.word}"
+def bounds(found: Comparison) -> str:
+    """Writes the interval of a difference."""
+    return f"[{number(found.low)}, {number(found.high)}]"
+
+
+def verdict(found: Comparison) -> str:
+    """Writes a difference, its interval and the word for it."""
+    return f"{number(found.mean)} % {bounds(found)}, {found.word}"
 
 
 def ratio_of(findings: Findings, method: str) -> float:
@@ -113,18 +118,17 @@ def sentence(findings: Findings) -> str:
     longer = findings.plateau.comparisons if findings.plateau is not None else {}
     for method, found in longer.items():
         if method.startswith(f"{TUNED},"):
-            low, high = number(found.low), number(found.high)
-            text += f" The {method}, gains {number(found.mean)} % on itself [{low}, {high}]."
+            text += f" The {method}, gains {number(found.mean)} % on itself {bounds(found)}."
     ahead = [m for m in view.best_first if m != TUNED and view.comparisons[m].mean > 0]
-    if not ahead:
-        text += " At equal compute no mean is ahead of it."
+    if ahead:
+        best = verdict(view.comparisons[ahead[0]])
+        text += f" At equal compute the best mean is that of {ahead[0]}, {best}."
     else:
-        found = view.comparisons[ahead[0]]
-        text += f" At equal compute the best mean is that of {ahead[0]}, {judged(found)}."
+        text += " At equal compute no mean is ahead of it."
     again = findings.again.comparisons if findings.again is not None else {}
     if again:
         text += f" With {seeds} further seeds: "
-        text += "; ".join(f"{method}, {judged(found)}" for method, found in again.items()) + "."
+        text += "; ".join(f"{method}, {verdict(found)}" for method, found in again.items()) + "."
     return text + "\n"
 
 
